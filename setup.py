@@ -1,0 +1,34 @@
+"""Packaging, read from settings.ini; the wheel also carries the stage notebooks, so `segnb run` works without a clone."""
+from configparser import ConfigParser
+from pathlib import Path
+import shutil
+
+from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+here = Path(__file__).parent
+config = ConfigParser(delimiters=["="], interpolation=None)
+config.read(here / "settings.ini", encoding="utf8")
+cfg = config["DEFAULT"]
+
+
+class BuildWithNotebooks(build_py):
+    "Put the stage notebooks (`10_…`, `20_…`, …) into the package as it is built"
+    def run(self):
+        super().run()
+        if self.editable_mode: return
+        target = Path(self.build_lib) / "segnb" / "notebooks"
+        target.mkdir(parents=True, exist_ok=True)
+        for notebook in sorted((here / "nbs").glob("[1-9]0_*.ipynb")): shutil.copy(notebook, target)
+
+
+setup(
+    name=cfg["lib_name"], version=cfg["version"], description=cfg["description"], keywords=cfg["keywords"],
+    author=cfg["author"], author_email=cfg["author_email"], license="Apache-2.0", url=cfg["git_url"],
+    long_description=(here / "README.md").read_text("utf8"), long_description_content_type="text/markdown",
+    packages=find_packages(include=["segnb", "segnb.*"]), package_data={"segnb": ["recipes/*.yaml"]},
+    python_requires=f">={cfg['min_python']}",
+    install_requires=cfg["requirements"].split(), extras_require={"dev": cfg["dev_requirements"].split()},
+    entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": ["segnb=segnb._modidx:d"]},
+    cmdclass={"build_py": BuildWithNotebooks}, zip_safe=False,
+)
