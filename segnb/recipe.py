@@ -371,24 +371,31 @@ def _stack(layers, overrides):
         if minutes and minutes[-1] is not None: out = overlay(out, expand(raw.get("timed", {})))
     return overlay(out, overrides)
 
-# %% ../nbs/00_recipe.ipynb #21aa7844
+# %% ../nbs/00_recipe.ipynb #7e323f6c
 def load_recipe(name_or_path: str | Path,         # a bundled name or a YAML file
                 overrides: dict | None = None,    # dotted keys or nested sections; their paths are relative to the current folder
                ) -> Recipe:
     "The effective recipe: bases, file and overrides in one, checked. `RecipeError` names a wrong key, its line and the nearest valid name"
-    layers = _layers(name_or_path, Path.cwd())
-    raw = _stack(layers, _absolute(expand(overrides), Path.cwd()))
+    layers, top = _layers(name_or_path, Path.cwd()), _absolute(expand(overrides), Path.cwd())
+    raw = _stack(layers, top)
     try: return Recipe.model_validate(raw)
-    except ValidationError as error: raise RecipeError(explain_errors(error, raw, layers)) from None
+    except ValidationError as error:
+        raise RecipeError(explain_errors(error, raw, [*layers, (top, _keys(top), "override")], layers[-1][-1])) from None
 
-# %% ../nbs/00_recipe.ipynb #8ff976cf
+def _keys(section, prefix=""):
+    "Every dotted key of the overrides; they stand in no line"
+    return {prefix + k: None for k in section} | {k: v for name, inner in section.items() if isinstance(inner, dict)
+                                                  for k, v in _keys(inner, f"{prefix}{name}.").items()}
+
+# %% ../nbs/00_recipe.ipynb #7146cd80
 def _place(location, layers):
     "The dotted key of a pydantic error, and where it stands if a file says it"
     tags = {*FORMATS, "tuple[int,int]", "function-before[_pair(), tuple[int, int]]"}
     names = [str(part) for part in location if str(part) not in tags and "[" not in str(part)]
-    for raw, lines, source in reversed(layers):
-        if ".".join(names) in lines: return ".".join(names), f" ({source}, line {lines['.'.join(names)]})"
-    return ".".join(names), ""
+    key = ".".join(names)
+    for _, lines, source in reversed(layers):
+        if key in lines: return key, f" ({source}, line {lines[key]})" if lines[key] else f" ({source})"
+    return key, ""
 
 # %% ../nbs/00_recipe.ipynb #785affe0
 def _fields(location):
@@ -405,8 +412,8 @@ def _model_of(annotation):
     inner = [found for part in typing.get_args(annotation) if (found := _model_of(part))]
     return inner[0] if inner else None
 
-# %% ../nbs/00_recipe.ipynb #41dfc58f
-def explain_errors(error: ValidationError, raw: dict, layers: list) -> str:
+# %% ../nbs/00_recipe.ipynb #05af9821
+def explain_errors(error: ValidationError, raw: dict, layers: list, name: str) -> str:
     "One paragraph for all that is wrong with a recipe"
     found = {}
     for e in error.errors():
@@ -416,8 +423,8 @@ def explain_errors(error: ValidationError, raw: dict, layers: list) -> str:
         elif e["type"] == "union_tag_invalid": text = f"'data.format'{_place(('data', 'format'), layers)[1]}: " + nearest(raw["data"].get("format"), FORMATS)
         else: text = f"'{key}'{where}: {e['msg'].removeprefix('Value error, ')}, got {str(e['input'])[:60]!r}" if key else e["msg"].removeprefix("Value error, ")
         found.setdefault(key, text)
-    name = layers[-1][-1]
-    return f"Recipe {name}: " + "; ".join(text.rstrip(".") for text in found.values()) + "."
+    text = "; ".join(text.rstrip(".") for text in found.values())
+    return f"Recipe {name}: {text}" + ("" if text.endswith("?") else ".")
 
 # %% ../nbs/00_recipe.ipynb #590bbcea
 def to_yaml(recipe: Recipe) -> str:
