@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['ARCHS', 'check_names', 'read_weights', 'load_encoder', 'SegModel', 'build_model']
 
-# %% ../nbs/07_models.ipynb #397eb59c
+# %% ../nbs/07_models.ipynb #9ee8d357
 import difflib, inspect
+from functools import partial
 from pathlib import Path
 import segmentation_models_pytorch as smp
 import timm
@@ -16,9 +17,10 @@ from safetensors.torch import load_file
 from torch import nn
 from .files import RecipeError, nearest
 
-# %% ../nbs/07_models.ipynb #dee0af23
+# %% ../nbs/07_models.ipynb #2f2192c1
 ARCHS = {name: getattr(smp, name) for name in ["Unet", "UnetPlusPlus", "MAnet", "Linknet", "FPN", "PSPNet", "PAN", "DeepLabV3", "DeepLabV3Plus",
-                                               "UPerNet", "Segformer", "DPT"]}
+                                               "UPerNet", "Segformer"]}
+ARCHS["DPT"] = partial(smp.DPT, dynamic_img_size=True)   # any size, not only the one its encoder was trained at
 
 # %% ../nbs/07_models.ipynb #0f058c9a
 def check_names(arch: str, encoder: str):
@@ -65,11 +67,11 @@ def _make_net(arch, encoder, in_channels, n_classes, weights, options):
     if in_channels != 3: net.encoder.set_in_channels(in_channels, pretrained=True)
     return net
 
-# %% ../nbs/07_models.ipynb #abdd937b
+# %% ../nbs/07_models.ipynb #1c106e37
 def _options(arch, options):
     "Options the architecture takes; `RecipeError` for others"
-    known = {n for n, p in inspect.signature(ARCHS[arch].__init__).parameters.items() if p.kind is not p.VAR_KEYWORD} \
-        - {"self", "encoder_name", "encoder_weights", "in_channels", "classes", "activation"}
+    known = {n for n, p in inspect.signature(ARCHS[arch]).parameters.items() if p.kind is not p.VAR_KEYWORD} \
+        - {"encoder_name", "encoder_weights", "in_channels", "classes", "activation"}
     for name in options:
         if name not in known: raise RecipeError(nearest(name, known, f"option of {arch}"))
     return {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
