@@ -49,19 +49,18 @@ def loss_options(name: str,         # a name of `LOSSES`
     return {p.name: p for p in parameters if p.kind == p.KEYWORD_ONLY and p.name not in ("task", "ignore_index")
             and task in only.get(p.name, task)}
 
-# %% ../nbs/08_losses.ipynb #565a5750
-def check_options(name: str, task: str, options: dict[str, Any]) -> dict[str, Any]:
+# %% ../nbs/08_losses.ipynb #77a01b81
+def check_options(owner: str,                          # who has them, for the message: "loss 'dice' for binary"
+                  known: dict[str, inspect.Parameter], # the options it has
+                  options: dict[str, Any],             # the options it is given
+                 ) -> dict[str, Any]:
     "`options` with each value as its annotation wants it; ValueError names the first that is wrong"
-    known = loss_options(name, task)
     for key, value in options.items():
-        if key not in known:
-            there = nearest(key, known, "option") if known else f"option '{key}' is unknown, it has none"
-            raise ValueError(f"loss '{name}' for {task}: {there}")
+        if key not in known: raise ValueError(f"{owner}: " + (nearest(key, known, "option") if known else f"it has no options, so no '{key}'"))
         try: options = options | {key: TypeAdapter(known[key].annotation).validate_python(value)}
-        except ValidationError as e:
-            raise ValueError(f"loss '{name}': {key}={value!r}: {e.errors()[0]['msg']}") from None
+        except ValidationError as e: raise ValueError(f"{owner}: {key}={value!r}: {e.errors()[0]['msg']}") from None
     missing = [key for key, p in known.items() if p.default is p.empty and key not in options]
-    if missing: raise ValueError(f"loss '{name}' needs the option {' and '.join(missing)}")
+    if missing: raise ValueError(f"{owner} needs the option {' and '.join(missing)}")
     return options
 
 # %% ../nbs/08_losses.ipynb #11deecc0
@@ -107,7 +106,7 @@ class PixelLoss(nn.Module):
         with torch.autocast(logits.device.type, enabled=False):
             return LOSSES[self.name].make(logits.to(wide), target, valid, **self.options)
 
-# %% ../nbs/08_losses.ipynb #dc28fce8
+# %% ../nbs/08_losses.ipynb #6af339bb
 def build_loss(name: str,                       # a name of `LOSSES`
                *, task: str,                    # binary | multiclass | multilabel
                ignore_index: int | None = None, # target pixels of this value are left out
@@ -120,7 +119,7 @@ def build_loss(name: str,                       # a name of `LOSSES`
     if task not in tasks:
         others = ", ".join(k for k, v in LOSSES.items() if task in v.tasks)
         raise ValueError(f"loss '{name}' is for {' and '.join(tasks)}, not for {task}: use one of {others}")
-    options = check_options(name, task, options)
+    options = check_options(f"loss '{name}' for {task}", loss_options(name, task), options)
     if inspect.isclass(make): return make(task=task, ignore_index=ignore_index, **options)
     return PixelLoss(name, task, ignore_index, options)
 
