@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['FOUR_DIGITS', 'EMPTY', 'FARTHEST', 'POLYGON_RULES', 'OVERLAPS', 'flatten_mask', 'mask_to_runs', 'runs_to_counts',
-           'runs_to_mask', 'ints_to_text', 'text_to_ints', 'rle_encode', 'check_runs', 'is_empty_token', 'rle_decode',
-           'polygon_points', 'polygon_fault', 'fill_outline', 'fill_coco', 'polygons_to_mask', 'counts_to_string',
-           'string_to_counts', 'coco_encode', 'counts_to_mask', 'coco_decode', 'flatten_layers', 'to_indices',
-           'check_palette', 'index_png_encode', 'read_png', 'index_png_decode', 'colors_to_indices', 'color_png_encode',
-           'color_png_decode', 'pack_labels', 'unpack_labels']
+           'runs_to_mask', 'ints_to_text', 'text_to_ints', 'rle_encode', 'check_runs', 'is_empty_token', 'rle_to_runs',
+           'rle_decode', 'polygon_points', 'polygon_fault', 'fill_outline', 'fill_coco', 'polygons_to_mask',
+           'counts_to_string', 'string_to_counts', 'coco_encode', 'counts_to_mask', 'coco_decode', 'flatten_layers',
+           'to_indices', 'check_palette', 'index_png_encode', 'read_png', 'index_png_decode', 'colors_to_indices',
+           'color_png_encode', 'color_png_decode', 'pack_labels', 'unpack_labels']
 
 # %% ../nbs/01_masks.ipynb #1c2c63f8
 import io
@@ -154,7 +154,20 @@ def is_empty_token(value: object) -> bool:
     text = str(value)
     return len(text) < 9 and text.strip().lower() in EMPTY or text.isspace()
 
-# %% ../nbs/01_masks.ipynb #e216ec17
+# %% ../nbs/01_masks.ipynb #789327b1
+def rle_to_runs(rle: object,       # text, or an empty token
+                size: int,         # pixels of the mask
+                *,
+                base: int = 1,     # number of the first pixel, 0 or 1
+               ) -> np.ndarray:    # (N, 2) int64: start counted from 0, length
+    "Runs that `rle` lists; a `ValueError` names the token that cannot be right"
+    values = text_to_ints("" if is_empty_token(rle) else str(rle))
+    if len(values) % 2: raise ValueError(f"token {len(values)}: start {values[-1]} has no length, pairs of start and length were expected")
+    start, length = values[::2], values[1::2]
+    check_runs(start, length, size, _check_base(base))
+    return np.stack([start - base, length], 1)
+
+# %% ../nbs/01_masks.ipynb #9e349138
 def rle_decode(rle: object,             # text, or an empty token
                shape: tuple[int, int],  # (H, W)
                *,
@@ -162,14 +175,9 @@ def rle_decode(rle: object,             # text, or an empty token
                base: int = 1,           # number of the first pixel, 0 or 1
               ) -> np.ndarray:          # (H, W) uint8 0/1
     "Mask that `rle` describes; a `ValueError` names the token that cannot be right"
-    height, width = shape
-    values = text_to_ints("" if is_empty_token(rle) else str(rle))
-    if len(values) % 2: raise ValueError(f"token {len(values)}: start {values[-1]} has no length, pairs of start and length were expected")
-    start, length = values[::2], values[1::2]
-    check_runs(start, length, height * width, _check_base(base))
-    return runs_to_mask(np.stack([start - base, length], 1), shape, order)
+    return runs_to_mask(rle_to_runs(rle, shape[0] * shape[1], base=base), shape, order)
 
-# %% ../nbs/01_masks.ipynb #698cd229
+# %% ../nbs/01_masks.ipynb #82fe19c3
 FARTHEST = 2**20  # pixels from the origin: beyond any image, and small enough for exact arithmetic
 
 def polygon_points(polygon: list,           # [[x, y], …] or flat [x, y, x, y, …], in pixels
@@ -180,8 +188,8 @@ def polygon_points(polygon: list,           # [[x, y], …] or flat [x, y, x, y,
     except (TypeError, ValueError): raise ValueError(f"{name} is not a list of numbers or of [x, y] pairs") from None
     if points.ndim not in (1, 2) or points.shape[-1] % 2 or points.ndim == 2 and points.shape[1] != 2:
         raise ValueError(f"{name} is an array of shape {points.shape}: expected [[x, y], …] or [x, y, x, y, …]")
-    if not (np.abs(points) < FARTHEST).all():
-        raise ValueError(f"{name} has coordinate {points.ravel()[np.argmin(np.abs(points).ravel() < FARTHEST)]}, which is no place in an image")
+    places = np.abs(points) < FARTHEST
+    if not places.all(): raise ValueError(f"{name} has coordinate {points[~places][0]}, which is no place in an image")
     return points.reshape(-1, 2)
 
 # %% ../nbs/01_masks.ipynb #af0d119b
@@ -271,13 +279,14 @@ def counts_to_string(counts: np.ndarray,  # (N,) whole numbers
         text[:, k] = digit if k == 0 else digit * (reach >= 16 << 5 * (k - 1))
     return text.tobytes().translate(None, b"\0").decode()
 
-# %% ../nbs/01_masks.ipynb #f2c60aaa
+# %% ../nbs/01_masks.ipynb #ab480122
 def string_to_counts(text: str | bytes,  # COCO's compressed counts
                     ) -> np.ndarray:     # (N,) int64
     "Counts that `text` holds; a `ValueError` names the character that cannot be right"
     raw = text.encode("utf8", "replace") if isinstance(text, str) else text
     code = np.frombuffer(raw, np.uint8).astype(np.int64) - 48
-    if not ((code >= 0) & (code < 64)).all(): raise ValueError(f"character {np.argmax((code < 0) | (code > 63)) + 1} of the counts is not in '0' … 'o'")
+    odd = (code < 0) | (code > 63)
+    if odd.any(): raise ValueError(f"character {odd.argmax() + 1} of the counts is not in '0' … 'o'")
     end = np.flatnonzero(code < 32)
     if len(code) and (not len(end) or end[-1] < len(code) - 1): raise ValueError(f"the counts break off inside a number, at character {len(code)}")
     start = np.r_[0, end[:-1] + 1][:len(end)]
