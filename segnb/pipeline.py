@@ -14,7 +14,7 @@ __all__ = ['STAGES', 'WITHOUT_EFFECT', 'DECISIONS', 'PACKAGES', 'CARRIERS', 'RAW
            'forget_partial', 'forget_stale', 'run_stages', 'run_pipeline', 'stages_before', 'refuse_gap',
            'forget_decisions', 'run_missing']
 
-# %% ../nbs/09_pipeline.ipynb #3db79ac8
+# %% ../nbs/09_pipeline.ipynb #e41889f9
 import ast, copy, importlib.metadata, inspect, io, json, os, platform, re, shutil, sys, tempfile, time
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
@@ -29,6 +29,7 @@ from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import Engine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 from papermill.iorw import LocalHandler, papermill_io
+from tqdm import tqdm
 from .files import (DataError, RecipeError, SegnbError, atomic_path, fingerprint, nearest, read_json, sha256_file, sha256_text,
                          write_json, write_text)
 from .recipe import Recipe, load_recipe, parse_yaml, save_recipe, to_yaml
@@ -584,13 +585,15 @@ def finding_text(finding: dict) -> str:
     where = f" row {finding['row']}" if finding.get("row") not in (None, "") else ""
     return f"{finding['file']}{where}: {finding['message']} {finding['remedy']}"
 
-# %% ../nbs/09_pipeline.ipynb #bb08c114
+# %% ../nbs/09_pipeline.ipynb #259c2f40
 def split_folds(run: Run):
     "Decide which fold each training row belongs to"
-    from segnb.folds import make_folds
-    from segnb.pack import class_shares
-    samples = run.samples()
-    folds = make_folds(run.recipe, samples, class_shares(run.pack()))
+    from segnb.folds import class_shares, make_folds
+    recipe, samples, pack = run.recipe, run.samples(), run.pack()
+    train = [i for i, split in enumerate(samples.split) if split == "train"]
+    masks = (pack.mask(i) for i in tqdm(train, desc="class areas", unit="mask"))
+    areas = class_shares(masks, task=recipe.task, n_classes=recipe.n_classes, ignore_index=recipe.data.ignore_index)
+    folds = make_folds(recipe, samples, areas)
     write_text(run.path("folds.csv"), folds.to_csv(index=False))
 
 FUNCTIONS = {"check": check_files, "folds": split_folds}
