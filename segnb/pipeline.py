@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'WITHOUT_EFFECT', 'DECISIONS', 'PACKAGES', 'CARRIERS', 'RAW_FILES', 'DIED', 'FUNCTIONS', 'INSIDE', 'Stage',
-           'stage_names', 'stage_range', 'Task', 'Run', 'read_manifest', 'edit_manifest', 'basis', 'with_decisions',
-           'without_decisions', 'recipe_parts', 'open_run', 'asked_recipe', 'draw_demo', 'write_changed', 'writable',
-           'refuse_overwrite', 'environment', 'record_decisions', 'imported_rooms', 'package_folder', 'code_hash',
-           'code_of', 'stage_notebook', 'run_half', 'stage_code', 'raw_files', 'raw_hashes', 'sides', 'raw_parts',
-           'stage_tasks', 'written', 'task_parts', 'weight_files', 'changes', 'reason', 'OwnKernel', 'settled',
-           'join_stream', 'StageClient', 'StageEngine', 'WholeFiles', 'Terminal', 'check_parameters', 'run_notebook',
-           'NotebookError', 'check_files', 'finding_text', 'split_folds', 'only_one', 'perform', 'perform_notebook',
-           'forget_partial', 'forget_stale', 'run_stages', 'run_pipeline', 'stages_before', 'refuse_gap',
-           'forget_decisions', 'run_missing']
+           'stage_names', 'stage_range', 'Task', 'RunFolder', 'Run', 'read_manifest', 'edit_manifest', 'basis',
+           'with_decisions', 'without_decisions', 'recipe_parts', 'open_run', 'asked_recipe', 'draw_demo',
+           'write_changed', 'writable', 'refuse_overwrite', 'environment', 'record_decisions', 'imported_rooms',
+           'package_folder', 'code_hash', 'code_of', 'stage_notebook', 'run_half', 'stage_code', 'raw_files',
+           'raw_hashes', 'sides', 'raw_parts', 'stage_tasks', 'written', 'task_parts', 'weight_files', 'changes',
+           'reason', 'OwnKernel', 'settled', 'join_stream', 'StageClient', 'StageEngine', 'WholeFiles', 'Terminal',
+           'check_parameters', 'run_notebook', 'NotebookError', 'check_files', 'finding_text', 'split_folds',
+           'only_one', 'perform', 'perform_notebook', 'forget_partial', 'forget_stale', 'run_stages', 'run_pipeline',
+           'stages_before', 'refuse_gap', 'forget_decisions', 'run_missing']
 
 # %% ../nbs/09_pipeline.ipynb #e41889f9
 import ast, copy, importlib.metadata, inspect, io, json, os, platform, re, shutil, sys, tempfile, time
@@ -102,9 +102,9 @@ class Task:
 
     def patterns(self, what: str) -> list[str]: return getattr(self.stage, what).format(model=self.model, fold=self.fold).split()
 
-# %% ../nbs/09_pipeline.ipynb #61e9d2c8
-class Run:
-    "A run folder and the recipe that fills it"
+# %% ../nbs/09_pipeline.ipynb #fea599dc
+class RunFolder:
+    "The recipe of a run and the tables that all stages share"
     def __init__(self, folder: str | Path):
         self.folder = Path(folder).resolve()
         self.reload()
@@ -116,11 +116,6 @@ class Run:
     def path(self, *parts: str) -> Path:
         "A path in the run folder"
         return self.folder.joinpath(*map(str, parts))
-
-    @cached_property
-    def raw(self) -> dict[str, str]:
-        "Hashes of the organiser's files, looked at once in the life of this object"
-        return raw_hashes(self)
 
     @property
     def cache(self) -> Path:
@@ -135,13 +130,21 @@ class Run:
         "image_id and fold of each training row; -1: in none"
         return pd.read_csv(self.path("folds.csv"), dtype={"image_id": str}, keep_default_na=False)
 
+# %% ../nbs/09_pipeline.ipynb #1065a4bb
+class Run(RunFolder):
+    "A run as its stages see it"
+    @cached_property
+    def raw(self) -> dict[str, str]:
+        "Hashes of the organiser's files, looked at once in the life of this object"
+        return raw_hashes(self)
+
     def pack(self):
         "The decoded images of `samples()`, row by row"
         from segnb.pack import open_pack
         return open_pack(self.recipe, self.samples(), self.cache)
 
     def need(self, stage: str):
-        "Run what is missing of the stages before `stage`, so that its notebook opens alone"
+        "Run what is missing of the stages before `stage`"
         run_missing(self, stage)
 
     def decide(self, model: str, **decisions):
@@ -441,14 +444,14 @@ def reason(run: Run, task: Task, parts: dict,
         if now[name] != was: return f"{name} is not as it was left"
     return ""
 
-# %% ../nbs/09_pipeline.ipynb #993046bb
+# %% ../nbs/09_pipeline.ipynb #a7924e9f
 class OwnKernel(AsyncKernelManager):
     "Starts kernels with this interpreter"
     environment: dict[str, str] = {}
 
     @property
     def kernel_spec(self) -> KernelSpec:
-        return KernelSpec(argv=[sys.executable, "-m", "ipykernel_launcher", "--log-level=ERROR", "-f", "{connection_file}"], display_name="python3",
+        return KernelSpec(argv=[sys.executable, "-m", "ipykernel_launcher", "--log-level=CRITICAL", "-f", "{connection_file}"], display_name="python3",
                           language="python", env=self.environment)
 
 # %% ../nbs/09_pipeline.ipynb #423ba982
