@@ -7,8 +7,8 @@ __all__ = ['FULL', 'KEPT', 'app', 'RecipeName', 'Settings', 'AsJson', 'exit_code
            'options', 'command', 'main', 'overrides', 'recipes', 'sample', 'check', 'run', 'score', 'same_images',
            'score_summary', 'validate']
 
-# %% ../nbs/90_cli.ipynb #83867e95
-import errno, functools, json, os, sys
+# %% ../nbs/90_cli.ipynb #722c1eb4
+import errno, functools, json, sys, traceback
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Iterator, Optional
@@ -36,7 +36,7 @@ def paragraph(error: BaseException) -> str:
         return f"{error.strerror or error}:{place}. Check that the path is right and that you may use it."
     return f"Unexpected {type(error).__name__}: {' '.join(str(error).split())[:600]}. This is a fault of segnb: the same command with --debug shows where."
 
-# %% ../nbs/90_cli.ipynb #3d2ff5f4
+# %% ../nbs/90_cli.ipynb #6af01c2a
 class Options:
     "Set by `main` before a command runs"
     debug = False
@@ -47,7 +47,7 @@ def one_paragraph() -> Iterator[None]:
     try: yield
     except (typer.Exit, BrokenPipeError): raise
     except (Exception, KeyboardInterrupt) as error:
-        if Options.debug: raise
+        if Options.debug: traceback.print_exc()
         print(f"segnb: {paragraph(error)}", file=sys.stderr)
         raise typer.Exit(exit_code(error)) from None
 
