@@ -45,12 +45,14 @@ def finding(code: str,             # a key of `FINDINGS`
     kind = FINDINGS[code]
     return dict(code=code, severity=kind.severity, file=str(file), row=row, message=message, remedy=kind.remedy)
 
-# %% ../nbs/02_data.ipynb #294a1b8b
+# %% ../nbs/02_data.ipynb #7f95437c
 class Fault(DataError):
     "A file that cannot be used; `finding` says the same for machines"
     def __init__(self, code: str, file: str | Path, message: str, row: int | None = None):
+        super().__init__(code, str(file), message, row)   # what it takes to rebuild it from a worker's pickle
         self.finding = finding(code, file, message, row)
-        super().__init__(describe(self.finding))
+
+    def __str__(self): return describe(self.finding)
 
 def describe(found: dict) -> str:
     "A finding as a paragraph"
@@ -292,7 +294,7 @@ def _rgb(data, picture):
     if picture.mode.startswith(("I", "F")): return np.repeat(np.asarray(picture)[..., None], 3, 2)
     return np.asarray(picture.convert("RGB"))
 
-# %% ../nbs/02_data.ipynb #1957804c
+# %% ../nbs/02_data.ipynb #ef2bae6c
 logging.getLogger("tifffile").addHandler(logging.NullHandler())   # what it grumbles about is either harmless or becomes a `Fault`
 
 def _tiff(data):
@@ -310,7 +312,7 @@ def _tiff(data):
 def _shown(picture): return picture.convert("RGB") if picture.mode in ("P", "PA", "CMYK") else picture
 
 def _tiff_array(data, series):
-    try: return series.asarray()
+    try: return series.asarray(maxworkers=1)   # workers are the caller's business
     except ValueError as error:
         if "imagecodecs" not in str(error): raise
         array = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)   # knows LZW, up to four bands
@@ -426,7 +428,7 @@ def check_classes(mask: np.ndarray,   # (H, W) numbers
     raise Fault("class-range", name, f"value {mask[row, column]} at row {row}, column {column} is no class: the recipe has 0..{n_values - 1}"
                 + (f" and {ignore_index} to ignore" if ignore_index is not None else ""))
 
-# %% ../nbs/02_data.ipynb #2880d8f6
+# %% ../nbs/02_data.ipynb #b26c0a01
 class Listing:
     "Rows of the samples table as they are found, and what is wrong with them"
     def __init__(self, recipe: Recipe):
@@ -444,15 +446,15 @@ class Listing:
         self.excluded[nfc(image_id)] += 1
         return True
 
-    def add(self, split: str, image_id: str, image: str, mask: str | None = None, group: str | None = None):
+    def add(self, split: str, image_id: str, image: str, mask: str | None = None, group: str | None = None, row: int | None = None):
         "A row; its group is the folder of the image unless told"
         group = os.path.dirname(image) if group is None else group
-        self.rows.append(dict(image_id=image_id, split=split, image=image, mask=mask, group=group))
+        self.rows.append(dict(image_id=image_id, split=split, image=image, mask=mask, group=group, row=row))
 
     def add_named(self, split: str, image_id: str, path: str, mask: str | None, table: str, row: int):
         "A row whose image a table names, if the file is there"
         image = self.find(path, table, row, report=not (skip := self.skips(split, image_id)))
-        if image and not skip: self.add(split, image_id, image, mask)
+        if image and not skip: self.add(split, image_id, image, mask, row=row)
 
     def find(self, path: str, table: str, row: int, report: bool = True) -> str | None:
         "The file that a table names, relative to the root"
@@ -517,12 +519,13 @@ def order_as_sample(listing: Listing,
         if row["split"] == "test" and nfc(row["image_id"]) in place: row["image_id"] = ids[place[nfc(row["image_id"])]]
     listing.rows.sort(key=lambda row: (row["split"] == "test", place.get(nfc(row["image_id"]), len(place)) if row["split"] == "test" else 0))
 
-# %% ../nbs/02_data.ipynb #7734a968
+# %% ../nbs/02_data.ipynb #c8d11aac
 def rle_mask(recipe: Recipe, row: dict) -> np.ndarray:
     "Mask of a row whose `mask` is run-length text"
     try: return rle_decode(row["mask"], (row["height"], row["width"]), order=recipe.data.order, base=recipe.data.base)
     except ValueError as error:
-        raise Fault("rle-broken", recipe.data.train, f"the mask of {row['image_id']}, {row['height']} x {row['width']} pixels: {error}") from None
+        said = f"the mask of {row['image_id']}, {row['height']} x {row['width']} pixels: {error}"
+        raise Fault("rle-broken", recipe.data.train, said, row.get("row")) from None
 
 # %% ../nbs/02_data.ipynb #31f89ef6
 FINDINGS |= {
@@ -610,13 +613,13 @@ def paint(layers: Iterable[tuple[int, np.ndarray]],  # (class, (H, W) 0/1) in th
     for channel, mask in layers: planes[channel] |= mask
     return cv2.merge(list(planes)).reshape(*shape, -1)
 
-# %% ../nbs/02_data.ipynb #3d0a3a48
+# %% ../nbs/02_data.ipynb #6072953e
 def coco_mask(recipe: Recipe, row: dict) -> np.ndarray:
     "Mask of a row whose `mask` names a COCO file"
     coco, file = load_coco(recipe.data.root / row["mask"]), row["mask"]
     image = coco.by_name[nfc(row["image_id"])]
     shape = image.get("height", row["height"]), image.get("width", row["width"])
-    layers = ((value_of(coco.names.get(entry["category_id"], f"id {entry['category_id']}"), recipe, file), draw_entry(entry, shape, file))
+    layers = ((value_of(coco.names.get(entry.get("category_id"), f"id {entry.get('category_id')}"), recipe, file), draw_entry(entry, shape, file))
               for entry in coco.annotations.get(image["id"], []))
     return fit_mask(paint(layers, recipe, shape, recipe.data.overlap), recipe, row, file)
 
@@ -764,7 +767,7 @@ def read_samples(recipe: Recipe) -> pd.DataFrame:  # train rows, then test rows 
         raise DataError(f"{recipe.data.root}: {describe(errors[0])}{more}")
     return pd.DataFrame(listing.rows, columns=COLUMNS)
 
-# %% ../nbs/02_data.ipynb #a6518173
+# %% ../nbs/02_data.ipynb #6ed0de2a
 def as_dict(row) -> dict:  # a Series, a named tuple, or a dict already
     "A row of the samples table as a dict"
     return row if isinstance(row, dict) else row._asdict() if hasattr(row, "_asdict") else row.to_dict()
@@ -778,4 +781,6 @@ def read_mask(recipe: Recipe, row) -> np.ndarray:  # (H, W) uint8 class indices,
     "Mask of a training row of the samples table"
     row = as_dict(row)
     if not isinstance(row["mask"], str): raise DataError(f"{row['image']}: {row['split']} images have no mask.")
-    return FORMATS[recipe.data.format].read_mask(recipe, row)
+    try: return FORMATS[recipe.data.format].read_mask(recipe, row)
+    except (KeyError, TypeError, ValueError) as error:   # a JSON of the right form with nonsense in it
+        raise Fault("unreadable", row["image"], f"its mask makes no sense: {type(error).__name__} {error}") from None
