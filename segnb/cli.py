@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['FULL', 'KEPT', 'app', 'RecipeName', 'Settings', 'AsJson', 'exit_code', 'paragraph', 'Options', 'one_paragraph',
-           'options', 'command', 'main', 'overrides', 'recipes', 'sample', 'check', 'run', 'score', 'same_images',
-           'score_summary', 'validate']
+           'options', 'command', 'main', 'overrides', 'recipes', 'sample', 'check', 'run', 'score', 'validate']
 
-# %% ../nbs/90_cli.ipynb #722c1eb4
-import errno, functools, json, sys, traceback
+# %% ../nbs/90_cli.ipynb #624d9edb
+import errno, functools, json, shutil, sys, traceback
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Iterator, Optional
@@ -89,7 +88,7 @@ def overrides(settings: list[str] | None) -> dict:  # dotted key -> value
         found[key.strip()] = parse_yaml(value, f"--set {text}")
     return found
 
-# %% ../nbs/90_cli.ipynb #e6fc8cf4
+# %% ../nbs/90_cli.ipynb #3c717808
 @command
 def recipes(name: Annotated[Optional[str], typer.Argument(help="Print this one, comments and all.")] = None):
     "List the bundled recipes, or print one."
@@ -107,19 +106,20 @@ def sample(name: Annotated[str, typer.Argument(help="demo satellite trash indoor
            seed: Annotated[int, typer.Option(min=0)] = 0):
     "Draw sample data in a competition's raw layout."
     from segnb.sample import draw_sample
-    print(f"{draw_sample(name, out, train=train, test=test, size=size, seed=seed)}: segnb check {name} --set data.root={out}")
+    draw_sample(name, out, train=train, test=test, size=size, seed=seed)
+    print(f"{out} is drawn; next: segnb check {name} --set data.root={out}")
 
-# %% ../nbs/90_cli.ipynb #ac108fe3
+# %% ../nbs/90_cli.ipynb #fab81faf
 @command
 def check(recipe: RecipeName, settings: Settings = None, as_json: AsJson = False):
     "Is the data what the recipe says? Exit code 1 where it is not."
-    from segnb.data import examine
+    from segnb.doctor import examine
     from segnb.pipeline import draw_demo
     from segnb.recipe import load_recipe
     loaded = load_recipe(recipe, overrides(settings))
     draw_demo(loaded)
     report = examine(loaded)
-    print(report.to_json() if as_json else report.table())
+    print(report.to_json() if as_json else report.table(width=min(shutil.get_terminal_size().columns, 120)))
     if not report.ok: raise typer.Exit(1)
 
 # %% ../nbs/90_cli.ipynb #84b4972e
@@ -136,40 +136,16 @@ def run(recipe: RecipeName,
     found = sorted(done.folder.glob("submission.*"))
     print(f"done: {done.folder}" + "".join(f", {p.name}" for p in found if p.suffix != ".json"))
 
-# %% ../nbs/90_cli.ipynb #fbe2e3fa
+# %% ../nbs/90_cli.ipynb #997232d7
 @command
 def score(recipe: RecipeName,
           submission: Annotated[Path, typer.Argument(help="The file to judge.")],
           truth: Annotated[Path, typer.Argument(help="The right answers in the same format.")],
           settings: Settings = None):
     "The competition's metric of a submission against the truth, and all other conventions; JSON."
-    from segnb.metrics import count_masks
     from segnb.recipe import load_recipe
-    from segnb.submit import read_submission
-    loaded = load_recipe(recipe, overrides(settings))
-    preds, trues = read_submission(loaded, submission), read_submission(loaded, truth)
-    ids = same_images(preds, trues, submission, truth)
-    counts = count_masks((preds[i] for i in ids), (trues[i] for i in ids), task=loaded.task, n_classes=loaded.n_classes,
-                         ignore_index=loaded.data.ignore_index)
-    print(json.dumps(score_summary(loaded, counts), indent=1, ensure_ascii=False))
-
-# %% ../nbs/90_cli.ipynb #af513583
-def same_images(preds, trues, submission: Path, truth: Path) -> list[str]:
-    "Ids of the truth; `DataError` unless the submission has the same"
-    from segnb.files import DataError
-    missing, extra = [i for i in trues if i not in preds], [i for i in preds if i not in trues]
-    for what, ids in (("misses", missing), ("has in excess", extra)):
-        if ids: raise DataError(f"{submission} {what} {len(ids)} of the images of {truth}, '{ids[0]}' among them: both files must list the same images.")
-    return list(trues)
-
-def score_summary(recipe, counts) -> dict:
-    "The recipe's metric, that of each class, and every other convention; null where nothing counts"
-    from segnb.metrics import class_scores, conventions, reduce_counts
-    how = recipe.metric.model_dump()
-    number = lambda x: None if x != x else round(float(x), 6)
-    return {"score": number(reduce_counts(counts, **how)), "metric": how, "images": len(counts),
-            "classes": {c: number(s) for c, s in zip(recipe.classes, class_scores(counts, **how))},
-            "conventions": {k: number(v) for k, v in conventions(counts, background=recipe.task == "multiclass", smooth=how["smooth"]).items()}}
+    from segnb.submit import score_submission
+    print(json.dumps(score_submission(load_recipe(recipe, overrides(settings)), submission, truth), indent=1, ensure_ascii=False))
 
 # %% ../nbs/90_cli.ipynb #48e66847
 @command

@@ -10,9 +10,9 @@ __all__ = ['STAGES', 'WITHOUT_EFFECT', 'DECISIONS', 'PACKAGES', 'CARRIERS', 'RAW
            'package_folder', 'code_hash', 'code_of', 'stage_notebook', 'run_half', 'stage_code', 'raw_files',
            'raw_hashes', 'sides', 'raw_parts', 'stage_tasks', 'written', 'task_parts', 'weight_files', 'changes',
            'reason', 'OwnKernel', 'settled', 'join_stream', 'StageClient', 'StageEngine', 'WholeFiles', 'Terminal',
-           'check_parameters', 'run_notebook', 'NotebookError', 'check_files', 'finding_text', 'split_folds',
-           'only_one', 'perform', 'perform_notebook', 'forget_partial', 'forget_stale', 'run_stages', 'run_pipeline',
-           'stages_before', 'refuse_gap', 'forget_decisions', 'run_missing']
+           'check_parameters', 'run_notebook', 'NotebookError', 'check_files', 'split_folds', 'only_one', 'perform',
+           'perform_notebook', 'forget_partial', 'forget_stale', 'run_stages', 'run_pipeline', 'stages_before',
+           'refuse_gap', 'forget_decisions', 'run_missing']
 
 # %% ../nbs/09_pipeline.ipynb #e41889f9
 import ast, copy, importlib.metadata, inspect, io, json, os, platform, re, shutil, sys, tempfile, time
@@ -52,7 +52,7 @@ class Stage:
     reuses: bool = False           # its next run keeps files of the last one
     within: str = ""               # it is a part of this stage
 
-# %% ../nbs/09_pipeline.ipynb #1a3ffbbb
+# %% ../nbs/09_pipeline.ipynb #d8a972ed
 STAGES = {stage.name: stage for stage in (
     Stage("check", "", (), "task classes data", "all", "doctor.json samples.parquet"),
     Stage("folds", "", ("check",), "task classes data folds seed", "train", "folds.csv", within="check"),
@@ -61,8 +61,8 @@ STAGES = {stage.name: stage for stage in (
     Stage("train", "30_train", ("folds",), "task classes data metric augment loss optim train predict encoder_weights seed", "train",
           "models/{model}/fold{fold}/**", resumes="models/{model}/fold{fold}/last.ckpt", reuses=True),
     Stage("ensemble", "40_ensemble", ("folds", "train"), "task classes data metric predict ensemble postprocess submit seed", "train test",
-          "oof/** ensemble.json scores.json", reuses=True),
-    Stage("submit", "50_submit", ("check", "train", "ensemble"), "task classes data predict postprocess submit", "test", "submission.*"),
+          "oof/** test_masks/** ensemble.json scores.json", reuses=True),
+    Stage("submit", "50_submit", ("check", "ensemble"), "task classes data submit", "test", "submission.*"),
 )}
 
 # %% ../nbs/09_pipeline.ipynb #26ca58d5
@@ -569,24 +569,20 @@ class NotebookError(SegnbError):
         self.traceback = error.traceback
         super().__init__(f"{what if own else f'{error.ename}: {what}'} (In cell {error.exec_count} of {output})")
 
-# %% ../nbs/09_pipeline.ipynb #017869d0
+# %% ../nbs/09_pipeline.ipynb #0501b607
 def check_files(run: Run):
     "Examine the raw files and write the samples table; errors among them stop the run"
-    from segnb.data import examine, read_samples
+    from segnb.data import describe, read_samples
+    from segnb.doctor import examine
     report = examine(run.recipe)
     write_text(run.path("doctor.json"), report.to_json())
     errors = [f for f in report.findings if f["severity"] == "error"]
     if errors:
-        raise DataError(f"The data has {len(errors)} error{'s' * (len(errors) > 1)}, the first: {finding_text(errors[0])} "
+        raise DataError(f"The data has {len(errors)} error{'s' * (len(errors) > 1)}, the first: {describe(errors[0])} "
                         f"All of them: `segnb check`, or {run.path('doctor.json')}.")
     warnings = len(report.findings) - len(errors)
     if warnings: print(f"  the doctor has {warnings} remark{'s' * (warnings > 1)}: {run.path('doctor.json')}")
     with atomic_path(run.path("samples.parquet")) as part: read_samples(run.recipe).to_parquet(part, index=False)
-
-def finding_text(finding: dict) -> str:
-    "One finding of the doctor as a sentence"
-    where = f" row {finding['row']}" if finding.get("row") not in (None, "") else ""
-    return f"{finding['file']}{where}: {finding['message']} {finding['remedy']}"
 
 # %% ../nbs/09_pipeline.ipynb #259c2f40
 def split_folds(run: Run):
