@@ -27,7 +27,7 @@ from .files import DataError, RecipeError, inside, nearest, parallel_map
 from .masks import coco_decode, colors_to_indices, flatten_layers, polygon_points, polygons_to_mask, rle_decode
 from .recipe import Recipe, load_recipe
 
-# %% ../nbs/02_data.ipynb #12316ff7
+# %% ../nbs/02_data.ipynb #46038409
 class Kind(NamedTuple):
     "What all findings of one code have in common"
     severity: str   # error | warning | note
@@ -38,14 +38,14 @@ FINDINGS: dict[str, Kind] = {}
 
 def finding(code: str,             # a key of `FINDINGS`
             file: str | Path,      # where
-            message: str,          # what exactly
+            message: str,          # what exactly, without the full stop
             row: int | None = None,  # of a table as spreadsheets count: its header is row 1
            ) -> dict:
     "One problem, for machines"
     kind = FINDINGS[code]
-    return dict(code=code, severity=kind.severity, file=str(file), row=row, message=message, remedy=kind.remedy)
+    return dict(code=code, severity=kind.severity, file=str(file), row=row, message=f"{message}.", remedy=f"{kind.remedy}.")
 
-# %% ../nbs/02_data.ipynb #7f95437c
+# %% ../nbs/02_data.ipynb #4ce7afa5
 class Fault(DataError):
     "A file that cannot be used; `finding` says the same for machines"
     def __init__(self, code: str, file: str | Path, message: str, row: int | None = None):
@@ -57,7 +57,7 @@ class Fault(DataError):
 def describe(found: dict) -> str:
     "A finding as a paragraph"
     row = f", row {found['row']}" if found["row"] else ""
-    return f"{found['file']}{row}: {found['message']}. {found['remedy']}."
+    return f"{found['file']}{row}: {found['message']} {found['remedy']}"
 
 # %% ../nbs/02_data.ipynb #97bad7c8
 FINDINGS |= {

@@ -338,7 +338,7 @@ def fill(text: str, width: int, indent: int = 0, hang: int = 0) -> str:
                 line, word = word[:fit], word[fit:]
     return "\n".join(" " * (indent + (hang if n else 0)) + line for n, line in enumerate([*lines, line]))
 
-# %% ../nbs/02_doctor.ipynb #c98fee0d
+# %% ../nbs/02_doctor.ipynb #cf65533e
 def group_lines(group: list[dict],  # findings of one code
                 width: int, examples: int) -> str:
     "One code: how bad, how often, what, where, what to do"
@@ -348,7 +348,7 @@ def group_lines(group: list[dict],  # findings of one code
         row = f", row {found['row']}" if found["row"] else ""
         lines.append(fill(f"{found['file']}{row}: {found['message']}", width, 4, 2))
     if len(group) > examples: lines.append(f"    … and {len(group) - examples} more")
-    return "\n".join([*lines, fill(f"→ {kind.remedy}", width, 4, 2)])
+    return "\n".join([*lines, fill(f"→ {group[0]['remedy']}", width, 4, 2)])
 
 def summary_lines(report: Report, width: int) -> str:
     "The summary in a few lines"
