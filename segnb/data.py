@@ -464,7 +464,7 @@ class Listing:
         elif report: self.wrong("missing-file", table, f"it names '{path}', which is not there", row)
         return found
 
-# %% ../nbs/02_data.ipynb #6757092b
+# %% ../nbs/02_data.ipynb #08e9c047
 def note_unlisted(listing: Listing, folders: Iterable[str]):
     "Note the pictures in `folders` that no table has named"
     for folder in sorted(set(folders)):
@@ -476,9 +476,8 @@ def note_repeats(listing: Listing):
     "Note ids that stand for two images"
     met = {}
     for row in listing.rows:
-        key = row["split"], nfc(row["image_id"])
-        first = met.setdefault(key, row["image"])
-        if first is not row["image"]: listing.wrong("duplicate-id", row["image"], f"its id '{row['image_id']}' is also that of {first}")
+        first = met.setdefault((row["split"], nfc(row["image_id"])), row)
+        if first is not row: listing.wrong("duplicate-id", row["image"], f"its id '{row['image_id']}' is also that of {first['image']}", row["row"])
 
 # %% ../nbs/02_data.ipynb #1b6a1949
 FINDINGS |= {
