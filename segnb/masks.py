@@ -393,7 +393,7 @@ def index_png_encode(mask: np.ndarray,            # (H, W) class indices 0..255
     picture.save(out, "PNG")
     return out.getvalue()
 
-# %% ../nbs/01_masks.ipynb #9eedef7f
+# %% ../nbs/01_masks.ipynb #4be6f025
 def read_png(data: bytes,          # a whole file
              name: str = "mask",   # how the message calls it
             ) -> Image.Image:
@@ -401,6 +401,7 @@ def read_png(data: bytes,          # a whole file
     try:
         picture = Image.open(io.BytesIO(data), formats=("PNG",))
         picture.load()
+        if b"IEND" not in data[-64:]: raise EOFError("its end is missing")   # Pillow forgives that, other readers do not
         return picture
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise ValueError(f"{name} is not a readable PNG ({error}): is the file complete?") from None
