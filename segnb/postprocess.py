@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AREAS', 'region_areas', 'remove_small', 'own_areas', 'give_away', 'to_mask', 'given_thresholds', 'tune_thresholds',
-           'area_counts', 'tune_min_area', 'threshold_figure']
+           'area_counts', 'gain_error', 'tune_min_area', 'threshold_figure']
 
 # %% ../nbs/41_postprocess.ipynb #4cde3ff3
 from collections.abc import Iterable, Sequence
@@ -94,32 +94,33 @@ def _sweep(tables, chosen, c, over):
     there = ~np.isnan(scores)
     return np.where(there.any(1), np.nansum(scores, 1) / np.maximum(there.sum(1), 1), np.nan)
 
-# %% ../nbs/41_postprocess.ipynb #7d8e2ce2
-def _best(scores):
-    "The bin in 1..255 with the highest score; of equals the nearest to a half"
-    scores = np.nan_to_num(scores, nan=-1.0)
-    equals = 1 + np.flatnonzero(scores[1:] >= scores[1:].max() - 1e-12)
+# %% ../nbs/41_postprocess.ipynb #cb16a021
+def _best(scores, margin=0):
+    "The bin in 1..255 with the highest score, or mean score within `margin` bins; of equals the nearest to a half"
+    scores = np.nan_to_num(scores, nan=-1.0)[1:]
+    if margin:
+        near = np.ones(2 * margin + 1)
+        scores = np.convolve(scores, near, "same") / np.convolve(np.ones(len(scores)), near, "same")
+    equals = 1 + np.flatnonzero(scores >= scores.max() - 1e-12)
     return int(equals[np.abs(equals - BINS // 2).argmin()])
 
-# %% ../nbs/41_postprocess.ipynb #246e7119
+# %% ../nbs/41_postprocess.ipynb #c9a67862
 def tune_thresholds(hists: np.ndarray,   # (N, C, 2, 256) int64 of out-of-fold images
                     *, over: str,        # as in `reduce_counts`
+                    margin: int = 0,     # bins: judge a threshold by the mean of this many to either side
                     classes: Sequence[str] | None = None,  # names for the curve
                     **convention,        # name, empty, smooth
                    ) -> tuple[np.ndarray, float, pd.DataFrame]:  # (C,) thresholds; the metric; class, threshold, score, class_score
     "The thresholds that maximise the metric, and how it changes around them"
     tables = _class_tables(hists, over, convention)
-    chosen = [_best(_sweep(tables[c:c + 1], [0], 0, over)) for c in range(len(tables))]
-    value, before = _sweep(tables, chosen, 0, over)[chosen[0]], -1.0
-    while len(chosen) > 1 and value > before + 1e-12:
-        before = value
-        for c in range(len(chosen)):
-            scores = _sweep(tables, chosen, c, over)
-            if (best := _best(scores)) != chosen[c] and scores[best] > scores[chosen[c]] + 1e-12: chosen[c] = best
-            value = scores[chosen[c]]
+    chosen = [_best(_sweep(tables[c:c + 1], [0], 0, over), margin) for c in range(len(tables))]
+    for _ in range(10 if len(chosen) > 1 else 0):
+        before = list(chosen)
+        for c in range(len(chosen)): chosen[c] = _best(_sweep(tables, chosen, c, over), margin)
+        if chosen == before: break
     curve = pd.concat([pd.DataFrame({"class": str(classes[c] if classes is not None else c), "threshold": THRESHOLDS, "score": _sweep(tables, chosen, c, over),
                                      "class_score": _sweep(tables[c:c + 1], [0], 0, over)}) for c in range(len(chosen))], ignore_index=True)
-    return THRESHOLDS[chosen], float(value), curve
+    return THRESHOLDS[chosen], float(_sweep(tables, chosen, 0, over)[chosen[0]]), curve
 
 # %% ../nbs/41_postprocess.ipynb #5047f04e
 AREAS = (0, *(2**k for k in range(1, 13)))   # candidates in pixels: 2, 4, …, 4096
@@ -148,15 +149,32 @@ def area_counts(probs: np.ndarray,   # (C, H, W) float
     valid = np.ones(trues.shape, bool) if ignore_index is None else trues != ignore_index
     return np.stack([_plane_counts(masks[..., c], trues[..., c] == 1, valid[..., c], areas) for c in range(n)], 1)
 
-# %% ../nbs/41_postprocess.ipynb #6f20df62
+# %% ../nbs/41_postprocess.ipynb #94df8987
+def gain_error(new: np.ndarray,   # (N, C, 3) counts
+               old: np.ndarray,   # (N, C, 3) counts of the same images
+               *, groups: int = 20,
+               **convention,      # name, over, empty, smooth
+              ) -> tuple[float, float]:  # how much better `new` is; the standard error of that, infinite for a single image
+    "A gain in the metric, and how sure it is"
+    gain = lambda keep: reduce_counts(new[keep], **convention) - reduce_counts(old[keep], **convention)
+    groups = min(groups, len(new))
+    if groups < 2: return gain(slice(None)), float("inf")
+    parts = np.array([gain(np.arange(len(new)) % groups != g) for g in range(groups)])
+    return gain(slice(None)), float(np.sqrt((groups - 1) * parts.var()))
+
+# %% ../nbs/41_postprocess.ipynb #560ef3a3
 def tune_min_area(counts: np.ndarray,   # (N, A, C, 3) int64: `area_counts` of each out-of-fold image
-                  *, areas: Sequence[int] = AREAS,
+                  *, areas: Sequence[float] = AREAS,   # the first is what the others are compared with
                   **convention,         # name, over, empty, smooth
-                 ) -> tuple[int, float, pd.DataFrame]:  # pixels; the metric; min_area, score
-    "The smallest area that maximises the metric"
-    scores = np.array([reduce_counts(counts[:, a], **convention) for a in range(len(areas))])
-    best = int((np.nan_to_num(scores, nan=-1) >= np.nanmax([*scores, -1]) - 1e-12).argmax())
-    return int(areas[best]), float(scores[best]), pd.DataFrame({"min_area": areas, "score": scores})
+                 ) -> tuple[float, float, pd.DataFrame]:  # pixels; the metric; min_area, score, gain, error
+    "The smallest area that clearly helps the metric, or the first"
+    table = pd.DataFrame([gain_error(counts[:, a], counts[:, 0], **convention) for a in range(len(areas))], columns=["gain", "error"])
+    table.insert(0, "min_area", areas)
+    table.insert(1, "score", [reduce_counts(counts[:, a], **convention) for a in range(len(areas))])
+    top = table.score.fillna(-1).argmax()
+    sure, good = table.gain > 2 * table.error, table.score >= table.score[top] - table.error[top]
+    best = int((sure & good).argmax()) if sure[top] else 0
+    return areas[best], float(table.score[best]), table
 
 # %% ../nbs/41_postprocess.ipynb #da96dd3c
 def threshold_figure(curve: pd.DataFrame,       # of `tune_thresholds`
