@@ -7,12 +7,12 @@ __all__ = ['STAGES', 'WITHOUT_EFFECT', 'DECISIONS', 'PACKAGES', 'CARRIERS', 'RAW
            'stage_names', 'stage_range', 'Task', 'RunFolder', 'Run', 'read_manifest', 'edit_manifest', 'basis',
            'with_decisions', 'without_decisions', 'recipe_parts', 'open_run', 'asked_recipe', 'draw_demo',
            'write_changed', 'writable', 'refuse_overwrite', 'environment', 'record_decisions', 'imported_rooms',
-           'package_folder', 'code_hash', 'code_of', 'stage_notebook', 'run_half', 'stage_code', 'raw_files',
-           'raw_hashes', 'sides', 'raw_parts', 'stage_tasks', 'written', 'task_parts', 'weight_files', 'changes',
-           'reason', 'OwnKernel', 'settled', 'join_stream', 'StageClient', 'StageEngine', 'WholeFiles', 'Terminal',
-           'check_parameters', 'run_notebook', 'NotebookError', 'check_files', 'split_folds', 'only_one', 'perform',
-           'perform_notebook', 'forget_partial', 'forget_stale', 'run_stages', 'run_pipeline', 'stages_before',
-           'refuse_gap', 'forget_decisions', 'run_missing']
+           'package_folder', 'code_hash', 'code_of', 'stage_notebook', 'run_start', 'run_half', 'stage_code',
+           'raw_files', 'raw_hashes', 'sides', 'raw_parts', 'stage_tasks', 'written', 'task_parts', 'weight_files',
+           'changes', 'reason', 'OwnKernel', 'settled', 'join_stream', 'StageClient', 'StageEngine', 'WholeFiles',
+           'Terminal', 'check_parameters', 'run_notebook', 'NotebookError', 'check_files', 'split_folds', 'only_one',
+           'perform', 'perform_notebook', 'forget_partial', 'forget_stale', 'run_stages', 'run_pipeline',
+           'stages_before', 'refuse_gap', 'forget_decisions', 'run_missing']
 
 # %% ../nbs/09_pipeline.ipynb #e41889f9
 import ast, copy, importlib.metadata, inspect, io, json, os, platform, re, shutil, sys, tempfile, time
@@ -52,16 +52,16 @@ class Stage:
     reuses: bool = False           # its next run keeps files of the last one
     within: str = ""               # it is a part of this stage
 
-# %% ../nbs/09_pipeline.ipynb #d8a972ed
+# %% ../nbs/09_pipeline.ipynb #cc2006c8
 STAGES = {stage.name: stage for stage in (
     Stage("check", "", (), "task classes data", "all", "doctor.json samples.parquet"),
     Stage("folds", "", ("check",), "task classes data folds seed", "train", "folds.csv", within="check"),
-    Stage("eda", "10_eda", ("check", "folds"), "task classes data seed", "train test", "eda/**"),
-    Stage("augment", "20_augment", ("folds",), "task classes data augment seed", "train", "augment/**"),
+    Stage("eda", "10_eda", ("check", "folds"), "task classes data seed", "train test", "eda/**/*"),
+    Stage("augment", "20_augment", ("folds",), "task classes data augment seed", "train", "augment/**/*"),
     Stage("train", "30_train", ("folds",), "task classes data metric augment loss optim train predict encoder_weights seed", "train",
-          "models/{model}/fold{fold}/**", resumes="models/{model}/fold{fold}/last.ckpt", reuses=True),
+          "models/{model}/fold{fold}/**/*", resumes="models/{model}/fold{fold}/last.ckpt", reuses=True),
     Stage("ensemble", "40_ensemble", ("folds", "train"), "task classes data metric predict ensemble postprocess submit seed", "train test",
-          "oof/** test_masks/** ensemble.json scores.json", reuses=True),
+          "oof/**/* test_masks/**/* ensemble.json scores.json", reuses=True),
     Stage("submit", "50_submit", ("check", "ensemble"), "task classes data submit", "test", "submission.*"),
 )}
 
@@ -320,7 +320,7 @@ def code_of(source: str) -> dict[str, str]:  # room -> hash, of the rooms that `
         todo |= imported_rooms(text) - found.keys()
     return found
 
-# %% ../nbs/09_pipeline.ipynb #2f2b1d80
+# %% ../nbs/09_pipeline.ipynb #8e31a2d5
 def stage_notebook(stem: str) -> Path:
     "A stage's notebook: inside an installed package, else in the clone"
     places = [package_folder() / "notebooks", package_folder().parent / "nbs"]
@@ -328,11 +328,14 @@ def stage_notebook(stem: str) -> Path:
         if (place / f"{stem}.ipynb").is_file(): return place / f"{stem}.ipynb"
     raise SegnbError(f"The notebook {stem}.ipynb is in neither {' nor '.join(map(str, places))}: install segnb again.")
 
+def run_start(notebook: nbformat.NotebookNode) -> int:
+    "The cell `## Run`; the first where there is no such heading"
+    heads = (i for i, c in enumerate(notebook.cells) if c.cell_type == "markdown" and c.source.startswith("## Run"))
+    return next(heads, 0)
+
 def run_half(notebook: nbformat.NotebookNode) -> str:
-    "The code below `## Run`; all of it where there is no such heading"
-    cells = notebook.cells
-    start = next((i for i, c in enumerate(cells) if c.cell_type == "markdown" and c.source.startswith("## Run")), 0)
-    return "\n".join(c.source for c in cells[start:] if c.cell_type == "code" and not c.source.lstrip().startswith("%"))
+    "The code below `## Run`"
+    return "\n".join(c.source for c in notebook.cells[run_start(notebook):] if c.cell_type == "code" and not c.source.lstrip().startswith("%"))
 
 # %% ../nbs/09_pipeline.ipynb #e6c0ed0c
 def stage_code(stage: Stage) -> dict[str, str]:
@@ -467,7 +470,7 @@ def join_stream(last: nbformat.NotebookNode, new: nbformat.NotebookNode) -> nbfo
     last.text = head + newline + settled(line + new.text)
     return last
 
-# %% ../nbs/09_pipeline.ipynb #3dec9039
+# %% ../nbs/09_pipeline.ipynb #de85d2f8
 class StageClient(PapermillNotebookClient):
     "Executes the cells of a stage"
     def create_kernel_manager(self):
@@ -483,6 +486,14 @@ class StageClient(PapermillNotebookClient):
         if len(outs) > 1 and outs[-2].output_type == "stream" and outs[-2].name == new.name: new = join_stream(outs[-2], outs.pop())
         else: new.text = settled(new.text)
         return piece
+
+    def process_message(self, msg, cell, cell_index):
+        "The terminal sees the Run half only: the definitions before it show themselves on toys"
+        self.shown = cell_index >= run_start(self.nb)
+        return super().process_message(msg, cell, cell_index)
+
+    def log_output_message(self, output):
+        if self.shown: super().log_output_message(output)
 
     def papermill_execute_cells(self):
         "An interrupted kernel is ended at once: what it left on disk is continued by the next run"
@@ -531,7 +542,7 @@ def check_parameters(notebook: Path, parameters: dict):
     for name in parameters:
         if name not in known: raise RecipeError(f"{nearest(name, known, 'Parameter')} These are the names in the cell tagged 'parameters' of {notebook}.")
 
-# %% ../nbs/09_pipeline.ipynb #815b0b10
+# %% ../nbs/09_pipeline.ipynb #228a706b
 def run_notebook(notebook: str | Path,         # executed in a kernel of this interpreter
                  output: str | Path,           # the executed notebook, written cell by cell, kept when a cell fails
                  parameters: dict | None = None,
@@ -546,7 +557,8 @@ def run_notebook(notebook: str | Path,         # executed in a kernel of this in
     output.parent.mkdir(parents=True, exist_ok=True)
     papermill_io.register(str(output.parent), WholeFiles())
     streams = {"stdout_file": Terminal(sys.stdout), "stderr_file": Terminal(sys.stderr)} if show else {}
-    terminal = {"COLUMNS": str(shutil.get_terminal_size().columns), "TQDM_MININTERVAL": "0.5"}
+    warnings = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), "ignore:IProgress not found"]))   # of tqdm.auto in libraries: bars are text
+    terminal = {"COLUMNS": str(shutil.get_terminal_size().columns), "TQDM_MININTERVAL": "0.5", "PYTHONWARNINGS": warnings}
     try:
         papermill.execute_notebook(nbformat.read(notebook, 4), str(output).replace("{", "{{").replace("}", "}}"), parameters or {},
                                    engine_name="segnb", kernel_name="python3", progress_bar=False, cwd=cwd,
