@@ -128,7 +128,7 @@ def _check_base(base):
     if base in (0, 1): return int(base)
     raise ValueError(f"base is {base!r}: the first pixel is number 0 or 1")
 
-# %% ../nbs/01_masks.ipynb #9fb78436
+# %% ../nbs/01_masks.ipynb #07fe101e
 def check_runs(start: np.ndarray,   # (N,) int64 as written, that is, counted from `base`
                length: np.ndarray,  # (N,) int64
                size: int,           # pixels of the mask
@@ -136,7 +136,7 @@ def check_runs(start: np.ndarray,   # (N,) int64 as written, that is, counted fr
               ) -> None:
     "A `ValueError` naming the first token of `start length …` that breaks a rule"
     stop = start + length
-    last_start, last_stop = np.r_[base, start[:-1]], np.r_[base, stop[:-1]]  # of the run before
+    last_start, last_stop = (np.concatenate([[base], ends[:-1]]) for ends in (start, stop))   # of the run before
     faults = [(start < base, 1, "start {a} is below {base}, the number of the first pixel"),
               (start < last_start, 1, "start {a} goes back: the run before starts at {before}"),
               (start < last_stop, 1, "start {a} overlaps the run before, which starts at {before}"),

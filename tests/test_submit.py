@@ -1,13 +1,17 @@
 """Every corruption of a submission is refused, with the reason; a file that is right stays right."""
 import io, zipfile
 
+import cv2
 import joblib
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import REAL
 from PIL import Image
 
+from segnb.data import read_samples
 from segnb.files import SegnbError
+from segnb.formats import submission_suffix
 from segnb.recipe import load_recipe
 from segnb.submit import make_submission, read_submission, score_submission, validate_submission, write_submission
 
@@ -337,3 +341,26 @@ def test_score_is_the_organisers(tmp_path):
     for name, file in ((masks, "truth.csv"), (other, "mine.csv")): write_submission(recipe, name, tmp_path / file, samples=SAMPLES)
     found = [(2 * (p & t).sum() + 1e-7) / (p.sum() + t.sum() + 1e-7) for p, t in zip(other.values(), masks.values()) if p.any() or t.any()]
     assert score_submission(recipe, tmp_path / "mine.csv", tmp_path / "truth.csv")["score"] == pytest.approx(np.mean(found), abs=1e-12)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", list(TABLES) + ["indoor", "wildfire"])
+def test_real_layouts(name, tmp_path):
+    "Names, order and sizes as the organiser's own test files have them"
+    recipe = load_recipe(REAL / name / "recipe.yaml")
+    rng, test = np.random.default_rng(0), read_samples(recipe).query("split == 'test'")
+    depth = 2 if recipe.task == "binary" else recipe.n_classes
+
+    def blobs(size):
+        field = cv2.resize(rng.random((6, 6, depth)).astype(np.float32), size[::-1], interpolation=cv2.INTER_CUBIC)
+        return (field > 0.7).astype(np.uint8) if recipe.task == "multilabel" else field.argmax(2).astype(np.uint8)
+
+    masks = {row.image_id: blobs((row.height, row.width)) for row in test.itertuples()}
+    path = tmp_path / f"submission{submission_suffix(recipe)}"
+    report, written = make_submission(recipe, masks, path)
+    assert report["images"] == len(test) and report["pixels_differing"] == 0
+    assert validate_submission(recipe, path) == []
+    assert score_submission(recipe, path, path)["score"] == pytest.approx(1, abs=1e-6)
+    last = test["image_id"].iloc[-1]
+    assert list(read_submission(recipe, path)) == list(test["image_id"])
+    with pytest.raises(SegnbError, match="have no mask"): make_submission(recipe, {k: v for k, v in masks.items() if k != last}, path)
