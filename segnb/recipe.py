@@ -268,14 +268,14 @@ def key_lines(text: str) -> dict[str, int]:  # dotted key -> line, from 1
     visit(yaml.compose(text, _Loader), "")
     return lines
 
-# %% ../nbs/00_recipe.ipynb #2153824b
-CHOICES = {"loss": "name", "optim.schedule": "name", "data": "format"}   # sections whose keys depend on a choice
+# %% ../nbs/00_recipe.ipynb #c551235c
+CHOICES = {"loss": ("name", ()), "optim.schedule": ("name", ()), "augment": ("preset", ("size",)),
+           "data": ("format", ("root",))}   # section: its choice, and what does not depend on it
 
 def merge(base: dict, top: dict, prefix: str = "") -> dict:
     "`top` laid over `base`, section by section; neither is changed"
-    choice = CHOICES.get(prefix)
-    if choice and choice in top and choice in base and top[choice] != base[choice]:
-        base = {k: v for k, v in base.items() if k == "root"}
+    choice, stays = CHOICES.get(prefix, (None, ()))
+    if choice in top and choice in base and top[choice] != base[choice]: base = {k: v for k, v in base.items() if k in stays}
     out = dict(base)
     for key, value in top.items():
         path = f"{prefix}.{key}" if prefix else key
