@@ -9,8 +9,9 @@ __all__ = ['LARGEST', 'HARMLESS', 'STEPS', 'FORMATS', 'Layout', 'wanted_layout',
            'zip_mask', 'array_fault', 'check_zip', 'picture_fault', 'Note', 'harmless', 'JoblibReader', 'stored_array',
            'read_joblib', 'ArrayPickle', 'pickle_index', 'pickle_mask', 'check_pickle', 'Format', 'submission_suffix']
 
-# %% ../nbs/52_formats.ipynb #de06ac51
+# %% ../nbs/52_formats.ipynb #f44adf52
 import csv, math, mmap, pickletools, re, zipfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -300,12 +301,13 @@ def member_bytes(file: zipfile.ZipFile, name: str) -> bytes:
     try: return file.read(name)
     except Exception as error: raise ValueError(f"it cannot be read from the zip ({error})") from None   # zipfile raises eight kinds
 
-# %% ../nbs/52_formats.ipynb #e1fb2e84
+# %% ../nbs/52_formats.ipynb #2e3c2e17
 def zip_index(form: PictureZip, path: Path) -> dict[str, str]:
     "Image id (member name where the test files are not known) -> member name"
     form.file = open_zip(path)
     members = form.file.namelist()
-    if twice := [name for n, name in enumerate(members) if name in members[:n]][:1]: raise SegnbError(f"'{twice[0]}' is in the zip twice")
+    for name, n in Counter(members).items():
+        if n > 1: raise SegnbError(f"'{name}' is in the zip {n} times")
     return {form.names.get(name, name): name for name in members}
 
 def zip_mask(form: PictureZip, path: Path, image_id: str, name: str) -> np.ndarray:
