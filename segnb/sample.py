@@ -97,7 +97,7 @@ class Layout:
 
 def _barren(split, index) -> bool: return split == "test" and index % 8 == 5
 
-# %% ../nbs/03_sample.ipynb #67f4def4
+# %% ../nbs/03_sample.ipynb #31b1df9e
 def _satellite_names(split, index):
     return [f"train_img/TRAIN_{index:04d}.png" if split == "train" else f"test_img/TEST_{index:05d}.png"]
 
@@ -107,7 +107,7 @@ def _satellite_scene(seed, split, index, size) -> Scene:
     return _tile(seed, "satellite", split, index, view)
 
 def _demo_scene(seed, split, index, size) -> Scene:
-    view = dict(size=size, zoom=2.2) if split == "train" else dict(size=max(32, size * 3 // 5), zoom=2.5, haze=.1, houses=not _barren(split, index))
+    view = dict(size=size, zoom=1.9) if split == "train" else dict(size=max(32, size * 3 // 5), zoom=2.1, haze=.1, houses=not _barren(split, index))
     return _tile(seed, "demo", split, index, dict(view, kinds=("village", "suburb", "city", "suburb")))
 
 def _tile(seed, name, split, index, view):
@@ -120,7 +120,7 @@ def _satellite_tables(seed, train, test):
     return {"train.csv": [("img_id", "img_path", "mask_rle"), *train], "test.csv": [("img_id", "img_path"), *test],
             "sample_submission.csv": [("img_id", "mask_rle"), *((image_id, -1) for image_id, _ in test)]}
 
-# %% ../nbs/03_sample.ipynb #1824cf23
+# %% ../nbs/03_sample.ipynb #6f7c8fd7
 def _trash_number(split, index): return 4 * index + 3 if split == "test" else index + index // 3
 
 def _trash_names(split, index):
@@ -128,7 +128,7 @@ def _trash_names(split, index):
     return [f"{('batch_01_vt', 'batch_02_vt', 'batch_03')[number // 10 % 3]}/{number:03d}.jpg"]
 
 def _trash_scene(seed, split, index, size) -> Scene:
-    image, things = trash_scene(scene_rng(seed, "trash", split, index), size)
+    image, things = trash_scene(scene_rng(seed, "trash", split, index), size, ("Battery",) if index % 8 == 1 else ())
     image_id, = _trash_names(split, index)
     shapes = [(label, (points + .5).round(1).ravel().tolist()) for label, points in things]   # COCO counts from the pixel's corner
     return Scene(image_id, [image], (_trash_number(split, index), image_id, size, index, shapes), partial(_trash_truth, shapes, size))
@@ -181,7 +181,7 @@ def _indoor_scene(seed, split, index, size) -> Scene:
 
 def _no_tables(seed, train, test): return {}
 
-# %% ../nbs/03_sample.ipynb #c93083be
+# %% ../nbs/03_sample.ipynb #cc66d2de
 def _person(split, index) -> int: return 4 * (index // 2 + 1) if split == "test" else (p := index // 2) + p // 3 + 1
 
 def _handbone_names(split, index):
@@ -194,7 +194,8 @@ def _handbone_scene(seed, split, index, size) -> Scene:
     image, bones = handbone_scene(scene_rng(seed, "handbone", split, index), scene_rng(seed, "handbone/person", split, person), size,
                                   "RL"[index % 2], bent=person % (2 if split == "test" else 9) == 1)
     names = _handbone_names(split, index)
-    notes = [dict(id=f"{label}-{k}", type="poly_seg", attributes={}, label=label, points=points.tolist()) for k, (label, points) in enumerate(bones.items())]
+    notes = [dict(id=f"{label}-{k}", type="poly_seg", attributes={}, label=label, points=points.tolist())
+             for k, (label, points) in enumerate(bones.items())]
     content = [image, dict(annotations=notes, filename=Path(names[0]).name)][:len(names)]
     return Scene(Path(names[0]).name, content, (_person(split, index), split, person), partial(_handbone_truth, bones, size))
 

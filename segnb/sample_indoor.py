@@ -233,11 +233,12 @@ def _curtains(rng, room, wall, place):
     folds = cloth * (1 + .16 * np.sin(np.linspace(0, 20, 48)))[None, :, None]
     for left in (a - .28, A - .06): _face(room, *wall.rectangle(left, y - .3, left + .34, Y + .12, .05), folds.repeat(8, 0).astype(np.uint8), 0)
 
-# %% ../nbs/03_sample_indoor.ipynb #62e855fa
+# %% ../nbs/03_sample_indoor.ipynb #5c8d17a3
 def _floor_skin(rng, size, pieces):
     "Boards, tiles or carpet with the soft shadows of `pieces` on it"
     w, _, d = size
-    color, step, spread = (((166, 122, 80), .16, .06), ((116, 84, 58), .14, .07), ((196, 190, 180), .45, .02), ((150, 140, 128), 9, .0))[rng.integers(4)]
+    kinds = ((166, 122, 80), .16, .06), ((116, 84, 58), .14, .07), ((196, 190, 180), .45, .02), ((150, 140, 128), 9, .0)
+    color, step, spread = kinds[rng.integers(4)]
     skin = _boards(rng, w, d, color, step, spread)
     shadow = np.zeros(skin.shape[:2], np.uint8)
     for wall, at, width, depth, _ in pieces:
@@ -289,7 +290,7 @@ def _lamp(rng, room: Room, size):
     fill(cover, shade, 255)
     room.labels[cover >= 128] = INDOOR["light"]
 
-# %% ../nbs/03_sample_indoor.ipynb #53f4888a
+# %% ../nbs/03_sample_indoor.ipynb #5f050259
 def _furnish(rng, room: Room, pieces, plants):
     "Paint `pieces` and `plants` (x, z), the farthest first"
     jobs = [((x, z), partial(_plant, rng, room, (x, z))) for x, z in plants]
@@ -304,6 +305,7 @@ def _piece(room, wall, at, parts):
         low, high = wall.box(np.add(low, (at, 0, 0)), np.add(high, (at, 0, 0)))
         _block(room, low, high, color, INDOOR["furniture"], {} if skin is None else {wall.inside: skin})
 
+# %% ../nbs/03_sample_indoor.ipynb #b698c634
 def _develop(rng, room):
     "Halve the size, let windows and lamps bloom, add a warm or cool cast and grain"
     glow = np.isin(room.labels, (INDOOR["window"], INDOOR["light"])).astype(np.float32)

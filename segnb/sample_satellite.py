@@ -53,7 +53,7 @@ ROOFS = {
     "step": _roof(STEP, (STEP, (.3, .3)), (np.array(STEP) * .9 - .03, (0, 0)), (box(-.7, -.6, -.1, .2), (.5, .3))),
 }
 
-# %% ../nbs/03_sample_satellite.ipynb #e7a83763
+# %% ../nbs/03_sample_satellite.ipynb #c0d8e694
 @dataclass(frozen=True)
 class Town:
     "How a kind of place is laid out, in metres"
@@ -68,21 +68,21 @@ class Town:
 TERRACOTTA, BRICK, BROWN, SLATE = (176, 98, 70), (146, 80, 66), (128, 100, 82), (104, 108, 116)
 PALE, BLUE, GREEN = (200, 198, 192), (84, 114, 156), (106, 144, 120)
 TOWNS = {
-    "village": Town(62, 22, (8, 14), .62, ("gable", "hip", "ell", "gable"), (TERRACOTTA, BROWN, SLATE, BLUE, PALE, BRICK), 1.3),
-    "suburb": Town(48, 17, (9, 14), .86, ("hip", "gable", "ell", "tee"), (TERRACOTTA, TERRACOTTA, BRICK, SLATE, BROWN), .8),
-    "city": Town(58, 25, (14, 22), .82, ("flat", "step", "flat", "hip"), (GREEN, PALE, SLATE, PALE, TERRACOTTA, GREEN), .6),
-    "works": Town(92, 44, (20, 38), .72, ("gable", "flat", "gable", "step"), (BLUE, PALE, SLATE, PALE), .6),
-    "farms": Town(120, 46, (8, 15), .16, ("gable", "gable", "hip"), (BROWN, BLUE, TERRACOTTA, PALE), 1.6),
+    "village": Town(68, 25, (8, 14), .55, ("gable", "hip", "ell", "gable"), (TERRACOTTA, BROWN, SLATE, BLUE, PALE, BRICK), 1.3),
+    "suburb": Town(58, 20, (9, 14), .8, ("hip", "gable", "ell", "tee"), (TERRACOTTA, TERRACOTTA, BRICK, SLATE, BROWN), .8),
+    "city": Town(64, 29, (13, 22), .75, ("flat", "step", "flat", "hip"), (GREEN, PALE, SLATE, PALE, TERRACOTTA, GREEN), .6),
+    "works": Town(104, 52, (20, 38), .6, ("gable", "flat", "gable", "step"), (BLUE, PALE, SLATE, PALE), .6),
+    "farms": Town(130, 50, (8, 15), .16, ("gable", "gable", "hip"), (BROWN, BLUE, TERRACOTTA, PALE), 1.6),
 }
 
-# %% ../nbs/03_sample_satellite.ipynb #4a796323
+# %% ../nbs/03_sample_satellite.ipynb #d24662e4
 FIELDS = np.array([(134, 140, 92), (104, 122, 74), (158, 142, 108), (146, 122, 92), (120, 136, 84), (176, 164, 120)])
 YARDS = np.array([(128, 138, 98), (112, 130, 86), (156, 148, 126), (166, 152, 128), (122, 128, 96), (160, 158, 152)])
 
 def _ground(rng, view: View, town: Town) -> np.ndarray:
     "(S, S, 3) uint8: meadows, yards and ploughed fields between the roads"
     image = np.empty((view.size, view.size, 3), np.uint8)
-    cv2.rectangle(image, (0, 0), (view.size, view.size), (118, 128, 90) if town.density < .8 else (150, 146, 130), -1)
+    cv2.rectangle(image, (0, 0), (view.size, view.size), (118, 128, 90) if town.density < .75 else (150, 146, 130), -1)
     n, m = int(view.reach / town.lot) + 1, int(view.reach / town.block) + 1
     x, k, side = np.meshgrid(np.arange(-n, n + 1), np.arange(-m, m + 1), (-.25, .25), indexing="ij")
     middle = np.stack([x.ravel() * town.lot, (k + side).ravel() * town.block], 1)
@@ -212,12 +212,12 @@ def _air(rng, image, haze):
     curve = np.arange(256)[:, None] * tone + 55 * haze
     return cv2.LUT(picture, curve.clip(0, 255).astype(np.uint8)[None])
 
-# %% ../nbs/03_sample_satellite.ipynb #da089469
+# %% ../nbs/03_sample_satellite.ipynb #87d0edda
 def satellite_scene(rng: np.random.Generator,
                     size: int,            # pixels a side
                     zoom: float = 2.0,    # pixels a metre: 2 is half a metre a pixel
                     houses: bool = True,  # False: a tile without a building
-                    kinds: tuple = ("village", "suburb", "city", "works", "farms", "village"),
+                    kinds: tuple = ("village", "farms", "suburb", "village", "city", "farms", "works", "village"),
                     haze: float = 0.0,    # 0 to 1, washes colours out
                    ) -> tuple[np.ndarray, np.ndarray]:  # (S, S, 3) uint8, (S, S) uint8 of 0 and 1
     "A tile of land from above, and where its buildings are"

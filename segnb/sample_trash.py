@@ -79,7 +79,7 @@ def _paper_pack(rng, s: Sprite):
     s.gain(np.where(s.across > .2, .86, 1))
     return outline
 
-# %% ../nbs/03_sample_trash.ipynb #52519c35
+# %% ../nbs/03_sample_trash.ipynb #84c87c43
 def _metal(rng, s: Sprite):
     "A drinks can"
     outline = _mirrored((.3, -.96), (.42, -.9), (.52, -.72), (.52, .78), (.42, .93), (.25, .97))
@@ -87,7 +87,8 @@ def _metal(rng, s: Sprite):
     s.image[:] = (186, 188, 192)
     s.fill(box(-1, -.72, 1, .78), color)
     wave = np.linspace(-.6, .6, 9)
-    s.fill(np.concatenate([np.stack([wave, .1 + .16 * np.sin(wave * 5)], 1), np.stack([wave, .42 + .16 * np.sin(wave * 5)], 1)[::-1]]), (236, 236, 238))
+    upper, lower = (np.stack([wave, y + .16 * np.sin(wave * 5)], 1) for y in (.1, .42))
+    s.fill(np.concatenate([upper, lower[::-1]]), (236, 236, 238))
     _cylinder(s, .55, .45)
     s.line([(-.42, -.8), (.42, -.8)], (120, 122, 126), .05)
     return outline
@@ -166,12 +167,12 @@ def _unknown(rng, s: Sprite):
     s.gain(1 + .22 * rust * (1, .8, .6))
     return outline
 
-# %% ../nbs/03_sample_trash.ipynb #2c7043a6
+# %% ../nbs/03_sample_trash.ipynb #e3cc6866
 LITTER = {  # painter, share of objects, smallest and largest radius as a share of the picture
     "UNKNOWN": (_unknown, .04, .06, .13), "General trash": (_general, .15, .06, .15), "Paper": (_paper, .2, .09, .22),
     "Paper pack": (_paper_pack, .07, .08, .16), "Metal": (_metal, .08, .07, .14), "Glass": (_glass, .07, .1, .19),
-    "Plastic": (_plastic, .11, .1, .2), "Styrofoam": (_styrofoam, .07, .1, .2), "Plastic bag": (_plastic_bag, .15, .12, .27),
-    "Battery": (_battery, .02, .04, .07), "Clothing": (_clothing, .04, .15, .26),
+    "Plastic": (_plastic, .12, .1, .2), "Styrofoam": (_styrofoam, .07, .1, .2), "Plastic bag": (_plastic_bag, .15, .12, .27),
+    "Battery": (_battery, .01, .04, .07), "Clothing": (_clothing, .04, .15, .26),
 }
 
 # %% ../nbs/03_sample_trash.ipynb #d3ef5d7b
@@ -213,14 +214,16 @@ def _lay(rng, image, label, center, radius, sun) -> np.ndarray:  # (n, 2) the ou
     image += cover * (body * (.72 + .3 * soft[..., :1]) - image)
     return place(outline)
 
-# %% ../nbs/03_sample_trash.ipynb #eca3d8e9
+# %% ../nbs/03_sample_trash.ipynb #8b8c767c
 def trash_scene(rng: np.random.Generator,
-                size: int,  # pixels a side
+                size: int,                # pixels a side
+                extra: tuple = (),        # kinds that must be there
                ) -> tuple[np.ndarray, list[tuple[str, np.ndarray]]]:  # (S, S, 3) uint8, [(class name, (n, 2) outline)]
     "Litter in a heap on a floor; of two objects the one of the higher class lies on top"
     image = _floor(rng, size)
     names, share = list(LITTER), np.array([share for _, share, _, _ in LITTER.values()])
-    chosen = np.sort(rng.choice(len(names), rng.integers(4, 10), p=share / share.sum()))
+    chosen = rng.choice(len(names), rng.integers(4, 10), p=share / share.sum()).tolist()
+    chosen = sorted(chosen + [names.index(label) for label in extra])
     heap, sun = rng.uniform(.35, .65, 2), turned((1, 0), rng.uniform(0, 2 * np.pi))
     things = []
     for k in chosen:
