@@ -52,11 +52,11 @@ class Stage:
     reuses: bool = False           # its next run keeps files of the last one
     within: str = ""               # it is a part of this stage
 
-# %% ../nbs/09_pipeline.ipynb #cc2006c8
+# %% ../nbs/09_pipeline.ipynb #c52aaa0f
 STAGES = {stage.name: stage for stage in (
     Stage("check", "", (), "task classes data", "all", "doctor.json samples.parquet"),
     Stage("folds", "", ("check",), "task classes data folds seed", "train", "folds.csv", within="check"),
-    Stage("eda", "10_eda", ("check", "folds"), "task classes data seed", "train test", "eda/**/*"),
+    Stage("eda", "10_eda", ("check", "folds"), "task classes data folds seed", "train test", "eda/**/*"),
     Stage("augment", "20_augment", ("folds",), "task classes data augment seed", "train", "augment/**/*"),
     Stage("train", "30_train", ("folds",), "task classes data metric augment loss optim train predict encoder_weights seed", "train",
           "models/{model}/fold{fold}/**/*", resumes="models/{model}/fold{fold}/last.ckpt", reuses=True),
@@ -337,11 +337,12 @@ def run_half(notebook: nbformat.NotebookNode) -> str:
     "The code below `## Run`"
     return "\n".join(c.source for c in notebook.cells[run_start(notebook):] if c.cell_type == "code" and not c.source.lstrip().startswith("%"))
 
-# %% ../nbs/09_pipeline.ipynb #e6c0ed0c
+# %% ../nbs/09_pipeline.ipynb #d99c27b6
 def stage_code(stage: Stage) -> dict[str, str]:
     "Hashes of the code that does the work of `stage`"
     if stage.notebook: source = run_half(nbformat.read(stage_notebook(stage.notebook), 4))
     else: source = inspect.getsource(FUNCTIONS[stage.name])
+    if "run.pack()" in source: source += "\nimport segnb.pack"
     return {"notebook" if stage.notebook else stage.name: code_hash(source), **code_of(source)}
 
 # %% ../nbs/09_pipeline.ipynb #4d3b8a6b

@@ -80,8 +80,14 @@ def test_what_is_up_to_date_is_reused_and_the_reason_is_said(finished, tiny, tmp
     assert fresh["submit"] == "asked for afresh" and set(fresh) == {"submit", "done"}
 
 
+def straight(*arguments):
+    "Run without the stages that only look"
+    segnb("run", *arguments, "--to", "check")
+    return segnb("run", *arguments, "--from", "train")
+
+
 def test_workers_change_nothing(finished, tiny, tmp_path):
-    segnb("run", *tiny, "--out", tmp_path / "two", "--set", "train.workers=2")
+    straight(*tiny, "--out", tmp_path / "two", "--set", "train.workers=2")
     assert (tmp_path / "two/submission.csv").read_bytes() == (finished[0] / "submission.csv").read_bytes()
     assert content(tmp_path / "two", "models/**/*.safetensors") == content(finished[0], "models/**/*.safetensors")
 
@@ -106,20 +112,23 @@ def family(process):
 
 def test_a_killed_or_interrupted_fit_continues_to_the_same_submission(tiny, tmp_path):
     "SIGKILL in the middle of a fit, then Ctrl-C in the middle of the rest, then to the end; against a run that nobody touched"
-    longer = [*tiny, "--set", "train.epochs=4", "--set", "folds.use=[0]"]
-    segnb("run", *longer, "--out", tmp_path / "whole")
+    longer = [*tiny, *settings(**{"train.epochs": 10, "train.epoch_scale": 8, "folds.use": "[0]"})]
+    straight(*longer, "--out", tmp_path / "whole")
+    segnb("run", *longer, "--out", tmp_path / "cut", "--to", "check")
     for name, code in (("SIGKILL", -9), ("SIGINT", 130)):
         folder = tmp_path / "cut"
         checkpoint = folder / "models/small/fold0/last.ckpt"
         before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
-        process = start("run", *longer, "--out", folder)
+        process = start("run", *longer, "--out", folder, "--from", "train")
         wait_for(lambda: checkpoint.exists() and checkpoint.stat().st_mtime_ns > before)
         kernels = family(process)
+        if name == "SIGKILL":
+            for kernel in kernels: kernel.kill()   # so that it does not finish the fit in the second it needs to notice
         process.send_signal(getattr(signal, name))
         assert process.wait(60) == code
         assert psutil.wait_procs(kernels, timeout=15)[1] == [], "a kernel outlived the command"
         assert "Traceback" not in process.stderr.read()
-    done = segnb("run", *longer, "--out", folder)
+    done = segnb("run", *longer, "--out", folder, "--from", "train")
     assert said(done)["train small fold 0"] == "continues, it was not finished"
     assert content(folder, "submission.csv", "scores.json", "models/*/*/best.safetensors") == \
            content(tmp_path / "whole", "submission.csv", "scores.json", "models/*/*/best.safetensors")
