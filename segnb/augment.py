@@ -6,7 +6,7 @@
 __all__ = ['PRESETS', 'Share', 'Bounds', 'Crop', 'SIDES', 'Preset', 'preset', 'variants', 'chance', 'quarter_turns',
            'preset_options', 'check_size', 'build_augment', 'none', 'light', 'first_crop', 'satellite', 'small_move',
            'trash', 'one_of_crops', 'indoor_base', 'indoor_hard', 'indoor_mask', 'indoor_rare', 'handbone', 'wildfire',
-           'wildfire_wrap', 'timed', 'recipe_augment', 'draws', 'class_pixels', 'class_table', 'sample_digests',
+           'wildfire_wrap', 'timed', 'draws', 'recipe_augment', 'class_pixels', 'class_table', 'sample_digests',
            'repeat_table', 'pick_rows', 'pictures', 'legend', 'preview_figure', 'preset_of', 'compare_presets',
            'preset_figure', 'left_out']
 
@@ -59,7 +59,7 @@ def preset_options(name: str) -> dict[str, inspect.Parameter]:
     "The options of preset `name`"
     return {p.name: p for p in inspect.signature(PRESETS[name].make).parameters.values() if p.kind == p.KEYWORD_ONLY}
 
-# %% ../nbs/20_augment.ipynb #1829aad0
+# %% ../nbs/20_augment.ipynb #8c0b285c
 def check_size(size: int | tuple[int, int]) -> tuple[int, int]:
     "`size` as (height, width)"
     size = (size, size) if isinstance(size, (int, np.integer)) else tuple(size)
@@ -79,7 +79,10 @@ def build_augment(preset: str,                               # a name of `PRESET
     if border not in BORDERS: raise ValueError(nearest(border, BORDERS, "border"))
     options = check_options(f"preset '{preset}'", preset_options(preset), options)
     frame = Frame(check_size(size), border, ignore_index, tuple(map(tuple, mirror)))
-    return Augment(chance(PRESETS[preset].make(frame, **options)))
+    augment = Augment(chance(PRESETS[preset].make(frame, **options)))
+    fills = border == "constant" and ignore_index is not None
+    augment.moves_only = not (frame.mirror or fills or any(getattr(t, "needs_mask", False) for t in augment.transforms))
+    return augment
 
 # %% ../nbs/20_augment.ipynb #6185ab4c
 @preset
@@ -219,12 +222,6 @@ variants(timed,
                          dict(base="stretch", zoom=(.85, 1.2), rotate=20., rotate_p=.5, gray=0.)),
          wildfire_timed=("E. For short trainings: from above, gain and noise of each band", dict(zoom=(.8, 1.4), gain=.5, noise=.3, **_ABOVE)))
 
-# %% ../nbs/20_augment.ipynb #0c6ea6c4
-def recipe_augment(recipe: Recipe) -> A.Compose:
-    "The augmentation that `recipe` asks for, told which mask value does not count and which classes change places in a mirror"
-    known = dict(ignore_index=recipe.data.ignore_index, mirror=mirror_pairs(recipe.classes))
-    return build_augment(recipe.augment.preset, size=recipe.augment.size, **(known | recipe.augment.options))
-
 # %% ../nbs/20_augment.ipynb #1a8a5271
 def draws(augment: Augment,
           image: np.ndarray,  # (H, W, C)
@@ -238,6 +235,12 @@ def draws(augment: Augment,
         augment.set_random_seed(seed + k)
         made.append(augment(image=image, mask=mask))
     return made
+
+# %% ../nbs/20_augment.ipynb #0c6ea6c4
+def recipe_augment(recipe: Recipe) -> A.Compose:
+    "The augmentation that `recipe` asks for, told which mask value does not count and which classes change places in a mirror"
+    known = dict(ignore_index=recipe.data.ignore_index, mirror=mirror_pairs(recipe.classes))
+    return build_augment(recipe.augment.preset, size=recipe.augment.size, **(known | recipe.augment.options))
 
 # %% ../nbs/20_augment.ipynb #64fa0ead
 def class_pixels(mask: np.ndarray,         # (H, W) class indices, or (H, W, C) labels 0/1

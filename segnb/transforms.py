@@ -4,21 +4,23 @@
 
 # %% auto #0
 __all__ = ['BORDERS', 'Base', 'Wanted', 'Augment', 'Frame', 'edges', 'pad_centre', 'resize_image', 'resize_mask', 'base_window',
-           'Windowed', 'ZoomCrop', 'wanted_classes', 'wanted_pixels', 'classes_there', 'draw_pixel', 'ClassCrop',
-           'mirror_pairs', 'swap_classes', 'MirrorLeftRight', 'MirrorUpDown', 'mirrors', 'Rgb', 'as_dtype', 'BandGain',
-           'BandNoise']
+           'Windowed', 'ZoomCrop', 'wanted_classes', 'wanted_pixels', 'classes_there', 'ClassCrop', 'mirror_pairs',
+           'swap_classes', 'MirrorLeftRight', 'MirrorUpDown', 'mirrors', 'Rgb', 'as_dtype', 'BandGain', 'BandNoise']
 
-# %% ../nbs/21_transforms.ipynb #819761b1
+# %% ../nbs/21_transforms.ipynb #592bc85f
 import random, re
 from typing import Any, Literal, NamedTuple
 import albumentations as A
 import cv2
 import numpy as np
 from albumentations.augmentations.crops.transforms import BaseCrop
+from .pack import draw_pixel
 
-# %% ../nbs/21_transforms.ipynb #93e283fb
+# %% ../nbs/21_transforms.ipynb #6c3249ff
 class Augment(A.Compose):
     "A Compose whose transforms share one generator, also when it is seeded; called as `augment(image=…, mask=…)`"
+    moves_only = False      # True: pixels of a mask are moved and never looked at, so labels packed as bits may stay packed
+
     def set_random_seed(self, seed: int | None):
         self.seed = seed
         self.set_random_state(np.random.default_rng(seed), random.Random(seed))
@@ -148,18 +150,7 @@ def classes_there(mask: np.ndarray, classes: list[int]) -> list[int]:
     counts = np.bincount(mask.ravel(), minlength=256)
     return [k for k in classes if counts[k]]
 
-# %% ../nbs/21_transforms.ipynb #154f0502
-def draw_pixel(where: np.ndarray,         # (H, W) bool
-               rng: random.Random,
-              ) -> tuple[int, int] | None: # y, x; None if there is none
-    "One of the true pixels, each as likely as the next"
-    until = np.count_nonzero(where, axis=1).cumsum()     # counted row by row: listing all of a large mask takes most of a crop's time
-    if not until[-1]: return None
-    k = rng.randrange(int(until[-1]))
-    y = int(np.searchsorted(until, k, side="right"))
-    return y, int(np.flatnonzero(where[y])[k - until[y]])  # k - until[y] < 0: from the end of row y
-
-# %% ../nbs/21_transforms.ipynb #5e8f3dab
+# %% ../nbs/21_transforms.ipynb #21894d00
 class ClassCrop(Windowed, BaseCrop):
     "A window that holds a pixel of the wanted classes, if the image does; anywhere if not"
     def __init__(self, frame: Frame, classes: Wanted = "any", even: bool = False, base: Base = "native",
@@ -171,7 +162,8 @@ class ClassCrop(Windowed, BaseCrop):
 
     def place(self, shape: tuple[int, int], inside: tuple[int, int], data: dict) -> tuple[int, int]:
         "Top left corner of the part of the window that lies inside the image"
-        mask = data["mask"]
+        mask = data.get("mask")
+        if mask is None: raise ValueError("ClassCrop looks for classes in the mask: call the augmentation with image=… and mask=…, or take a preset without it")
         classes = wanted_classes(self.classes, mask.shape[2] if mask.ndim == 3 else 256, self.frame.ignore_index)
         there = classes_there(mask, classes) if self.even else []
         if there: classes = [self.py_random.choice(there)]
