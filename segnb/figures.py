@@ -19,11 +19,11 @@ from matplotlib.patches import Patch
 from PIL import Image
 from .files import write_bytes, write_text
 
-# %% ../nbs/09_figures.ipynb #53d33a26
+# %% ../nbs/09_figures.ipynb #93129aab
 INK, GRID, PAPER = "#2b2f36", "#e4e7eb", "#ffffff"
 SPLITS = {"train": "#2f6690", "test": "#e07a1f"}  # blue and orange: apart for every kind of colour vision
 STYLE = {
-    "figure.dpi": 80, "savefig.dpi": 144, "figure.facecolor": PAPER, "savefig.facecolor": PAPER, "figure.titlesize": 12, "figure.titleweight": "bold",
+    "figure.dpi": 72, "savefig.dpi": 180, "figure.facecolor": PAPER, "savefig.facecolor": PAPER, "figure.titlesize": 12, "figure.titleweight": "bold",
     "font.size": 9, "text.color": INK, "text.parse_math": False, "axes.unicode_minus": False,
     "axes.facecolor": PAPER, "axes.edgecolor": "#9aa1ab", "axes.labelcolor": INK, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left",
     "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "axes.grid": True, "grid.color": GRID, "grid.linewidth": 0.8,
@@ -72,23 +72,27 @@ def render(fig: Figure,              # any matplotlib figure
     fig.savefig(buffer, format="png", dpi=dpi or STYLE["savefig.dpi"], bbox_inches="tight", pad_inches=0.08, metadata={"Software": None})
     return np.asarray(Image.open(buffer).convert("RGB"))
 
-# %% ../nbs/09_figures.ipynb #e9425063
+# %% ../nbs/09_figures.ipynb #bae29077
 def small_picture(image: np.ndarray,        # (H, W, 3) uint8
-                  n: int = 64,              # colours of the PNG
                  ) -> tuple[str, bytes]:    # MIME type, file
-    "A PNG of the `n` most frequent colours where there are few (charts), a JPEG where there are many (photographs)"
+    "A PNG of few colours for charts, a JPEG of at most 20 KB or so for photographs"
     values, place, counts = np.unique(image.reshape(-1, 3) @ np.array([65536, 256, 1]), return_inverse=True, return_counts=True)
-    buffer = io.BytesIO()
-    if len(values) > 4096:
-        Image.fromarray(image).save(buffer, "JPEG", quality=70, optimize=True)
-        return "image/jpeg", buffer.getvalue()
+    if len(values) > 4096: return "image/jpeg", _small_jpeg(image)
     rgb = np.stack([values >> 16, values >> 8 & 255, values & 255], 1).astype(np.int32)
-    kept = rgb[np.argsort(-counts, kind="stable")[:n]]
+    many = np.clip((counts >= 24).sum(), 32, 256)       # a patch in a legend has more pixels than that
+    kept = rgb[np.argsort(-counts, kind="stable")[:many]]
     nearest = ((rgb[:, None] - kept) ** 2).sum(2).argmin(1).astype(np.uint8)
-    picture = Image.fromarray(nearest[place].reshape(image.shape[:2]))
+    picture, buffer = Image.fromarray(nearest[place].reshape(image.shape[:2])), io.BytesIO()
     picture.putpalette(kept.astype(np.uint8).tobytes())
     picture.save(buffer, "PNG", optimize=True)
     return "image/png", buffer.getvalue()
+
+def _small_jpeg(image, size=20_000):
+    "The best JPEG of at most `size` bytes, or the coarsest we would show"
+    for quality in (80, 60, 45, 30):
+        Image.fromarray(image).save(buffer := io.BytesIO(), "JPEG", quality=quality, optimize=True)
+        if buffer.tell() <= size: break
+    return buffer.getvalue()
 
 # %% ../nbs/09_figures.ipynb #52de2321
 def new_figure(rows: int = 1, columns: int = 1, *,
@@ -212,18 +216,18 @@ def _hatch(image, where):
     stripes = np.where((x + y) // max(2, min(where.shape) // 60) % 2, 96, 176)[..., None]
     return np.where(where[..., None], 0.35 * image + 0.65 * stripes, image)
 
-# %% ../nbs/09_figures.ipynb #e09af6ee
+# %% ../nbs/09_figures.ipynb #1a5c9088
 def thumbnail(image: np.ndarray,               # (H, W, C) any dtype, or (H, W)
               mask: np.ndarray | None = None,  # (H, W) or (H, W, C) of the same size
               size: int = 320,                 # pixels of the longer side
              ):                                # the image, or (image, mask)
-    "`image` and `mask` reduced to at most `size`; smaller ones stay as they are"
+    "`image` and `mask` reduced to at most `size`, or with each pixel repeated as often as fits"
     height, width = image.shape[:2]
     factor = size / max(height, width)
-    small = (max(1, round(width * factor)), max(1, round(height * factor)))
-    if factor >= 1: return image if mask is None else (image, mask)
-    image = _resize(image, small, cv2.INTER_AREA)
-    return image if mask is None else (image, _resize(mask.astype(np.uint8), small, cv2.INTER_NEAREST))
+    if factor >= 1: shrink = lambda array, how: array.repeat(int(factor), 0).repeat(int(factor), 1)
+    else: shrink = lambda array, how: _resize(array, (max(1, round(width * factor)), max(1, round(height * factor))), how)
+    image = shrink(image, cv2.INTER_AREA)
+    return image if mask is None else (image, shrink(mask.astype(np.uint8), cv2.INTER_NEAREST))
 
 def _resize(array, size, how):
     "`cv2.resize` for any number of channels, and any dtype it knows, keeping the axes"
@@ -247,7 +251,7 @@ def add_legend(fig: Figure,
     fig.set_figheight(fig.get_figheight() + 0.17 * rows + 0.06)
     fig.legend(handles=handles, loc="outside lower center", ncols=math.ceil(len(handles) / rows), handlelength=1.1, columnspacing=1.2)
 
-# %% ../nbs/09_figures.ipynb #07808810
+# %% ../nbs/09_figures.ipynb #674d78de
 def picture_grid(pictures: Sequence[np.ndarray],         # (H, W, 3) or (H, W) uint8, of any sizes
                  titles: Sequence[str] | None = None,    # one for each picture
                  columns: int = 4,
@@ -261,7 +265,7 @@ def picture_grid(pictures: Sequence[np.ndarray],         # (H, W, 3) or (H, W) u
     ratio = float(np.clip(np.median([p.shape[0] / p.shape[1] for p in pictures] or [1]), 0.4, 2))
     fig, axes = new_figure(max(1, math.ceil(len(pictures) / columns)), columns, size=(size, size * ratio + 0.15 * bool(titles)), title=title)
     fig.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01)
-    fig.set_figheight(fig.get_figheight() + 0.25 * bool(title))
+    fig.set_figheight(fig.get_figheight() + 0.32 * bool(title))
     for ax in axes.flat: ax.axis("off")
     for k, (ax, picture) in enumerate(zip(axes.flat, pictures)):
         ax.imshow(thumbnail(picture), cmap="gray", vmin=0, vmax=255)
