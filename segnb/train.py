@@ -424,12 +424,12 @@ def plot_curve(rows: pd.DataFrame):
         ax.set(xlabel="step", title={"lr": "learning rate", "score": "validation score"}.get(column, "training loss"))
     return fig
 
-# %% ../nbs/30_train.ipynb #1e47f10c
+# %% ../nbs/30_train.ipynb #d40be3fb
 def validation_pictures(run: Run, model: str, fold: int, n: int = 4):
     "A few validation images with their truth and the network's own probabilities or classes"
     fit, recipe = Fit(run, model, fold), run.recipe
     rows = fit.valid_rows[np.linspace(0, len(fit.valid_rows) - 1, min(n, len(fit.valid_rows))).round().astype(int)]
-    predictor = Predictor(load_fold(run, fit.entry.name, fold), recipe.predict, task=recipe.task, device=fit.device)
+    predictor = Predictor(load_fold(run, fit.entry.name, fold), recipe.predict, task=recipe.task, classes=recipe.classes, device=fit.device)
     colors, pictures, titles = class_colors(recipe.n_classes), [], []
     for row, probs in zip(rows, predictor([fit.pack.image(r) for r in rows])):
         rgb = to_rgb(fit.pack.image(row), recipe.data.scale)
