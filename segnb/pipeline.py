@@ -52,7 +52,7 @@ class Stage:
     reuses: bool = False           # its next run keeps files of the last one
     within: str = ""               # it is a part of this stage
 
-# %% ../nbs/09_pipeline.ipynb #c52aaa0f
+# %% ../nbs/09_pipeline.ipynb #535e6aec
 STAGES = {stage.name: stage for stage in (
     Stage("check", "", (), "task classes data", "all", "doctor.json samples.parquet"),
     Stage("folds", "", ("check",), "task classes data folds seed", "train", "folds.csv", within="check"),
@@ -62,7 +62,7 @@ STAGES = {stage.name: stage for stage in (
           "models/{model}/fold{fold}/**/*", resumes="models/{model}/fold{fold}/last.ckpt", reuses=True),
     Stage("ensemble", "40_ensemble", ("folds", "train"), "task classes data metric predict ensemble postprocess submit seed", "train test",
           "oof/**/* test_masks/**/* ensemble.json scores.json", reuses=True),
-    Stage("submit", "50_submit", ("check", "ensemble"), "task classes data submit", "test", "submission.*"),
+    Stage("submit", "50_submit", ("check", "ensemble"), "task classes data metric submit", "test", "submission.*"),
 )}
 
 # %% ../nbs/09_pipeline.ipynb #26ca58d5
