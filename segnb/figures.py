@@ -251,7 +251,7 @@ def add_legend(fig: Figure,
     fig.set_figheight(fig.get_figheight() + 0.17 * rows + 0.06)
     fig.legend(handles=handles, loc="outside lower center", ncols=math.ceil(len(handles) / rows), handlelength=1.1, columnspacing=1.2)
 
-# %% ../nbs/09_figures.ipynb #674d78de
+# %% ../nbs/09_figures.ipynb #df6f1772
 def picture_grid(pictures: Sequence[np.ndarray],         # (H, W, 3) or (H, W) uint8, of any sizes
                  titles: Sequence[str] | None = None,    # one for each picture
                  columns: int = 4,
@@ -269,7 +269,7 @@ def picture_grid(pictures: Sequence[np.ndarray],         # (H, W, 3) or (H, W) u
     for ax in axes.flat: ax.axis("off")
     for k, (ax, picture) in enumerate(zip(axes.flat, pictures)):
         ax.imshow(thumbnail(picture), cmap="gray", vmin=0, vmax=255)
-        if titles: ax.set_title(label(titles[k], round(size * 12)), fontsize=8, fontweight="normal", loc="center", pad=3)
+        if titles: ax.set_title(label(titles[k], round(size * 13.5)), fontsize=7.5, fontweight="normal", loc="center", pad=3)
     if len(classes): add_legend(fig, classes, class_colors(len(classes)) if colors is None else colors, skip=skip, ignored=ignored)
     return fig
 
