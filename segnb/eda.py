@@ -26,7 +26,7 @@ def draw_sizes(found: Survey) -> tuple[Sheet, pd.DataFrame]:
     ax.set_xlabel("images")
     return fig, table
 
-# %% ../nbs/10_eda.ipynb #887e78c4
+# %% ../nbs/10_eda.ipynb #1078813b
 def _bars(ax, names, values, colors, texts):
     "Horizontal bars from top to bottom, each with its number at its end"
     values, rows = np.asarray(values, float), np.arange(len(names))
@@ -39,7 +39,8 @@ def _size_dots(table):
     "Width against height; the area of a dot is its number of images"
     fig, [[ax]] = new_figure(size=(5.4, 4.2), title="Image sizes")
     for split, part in table.groupby("split", sort=False):
-        ax.scatter(part["width"], part["height"], 12 + 300 * part["images"] / table["images"].max(), SPLITS[split], alpha=0.55, linewidths=0, label=f"{split}: {len(part)} sizes")
+        dots = 12 + 300 * part["images"] / table["images"].max()
+        ax.scatter(part["width"], part["height"], dots, SPLITS[split], alpha=0.55, linewidths=0, label=f"{split}: {len(part)} sizes")
     ax.set(xlabel="width, pixels", ylabel="height, pixels")
     ax.legend(loc="upper left", markerscale=0.6)
     return fig
@@ -70,12 +71,13 @@ def _nothing(title, why="No mask has anything to count."):
 
 def _hue(classes): return class_colors(len(classes)) / 255
 
-# %% ../nbs/10_eda.ipynb #a409d8a2
+# %% ../nbs/10_eda.ipynb #57fb2fc6
 def _area_rows(found):
     "Bars of the share of all pixels beside the histogram of each class"
     pixels = found.shares.groupby("class")["pixels"].sum()[found.classes].to_numpy()
     share = pixels / max(1, found.images["scored"].sum())
-    fig, [[left, right]] = new_figure(1, 2, size=(4.6, 1.3 + 0.27 * len(share)), title="How much of the images each class covers", gridspec_kw={"width_ratios": [1, 1.15]})
+    title = "How much of the images each class covers"
+    fig, [[left, right]] = new_figure(1, 2, size=(4.6, 1.3 + 0.27 * len(share)), title=title, gridspec_kw={"width_ratios": [1, 1.15]})
     _bars(left, found.classes, share * 100, _hue(found.classes), [percent(s) for s in share])
     left.set(xlabel="percent of all scored train pixels")
     edges = [f"{100 * e:g}" for e in SHARE_EDGES]
@@ -95,14 +97,15 @@ def _heat(ax, values, columns, rows, mask=None):
     ax.tick_params(axis="x", rotation=0 if max(len(str(c)) for c in columns) * len(columns) < 60 else 90)
     ax.tick_params(axis="y", rotation=0)
 
-# %% ../nbs/10_eda.ipynb #02eba44b
+# %% ../nbs/10_eda.ipynb #0f379e09
 def draw_presence(found: Survey) -> tuple[Sheet, pd.DataFrame]:
     "In how many images each class is, and which classes come together"
-    table, n = together_table(found), len(found.classes)
-    if found.shares.empty: return _nothing("Which classes are in the images"), table
+    table, n, title = together_table(found), len(found.classes), "Which classes are in the images"
+    if found.shares.empty: return _nothing(title), table
     alone = table[table["class"] == table["with"]]
     several, longest = n > 1, min(18, max(map(len, found.classes)))
-    fig, [axes] = new_figure(1, 1 + several, size=(4.6 + 0.06 * max(0, n - 12), 1.1 + 0.27 * n + 0.06 * longest) if several else (6.4, 1.1), title="Which classes are in the images", gridspec_kw={"width_ratios": [1, 1.3]} if several else {})
+    size = (4.6 + 0.06 * max(0, n - 12), 1.1 + 0.27 * n + 0.06 * longest) if several else (6.4, 1.1)
+    fig, [axes] = new_figure(1, 1 + several, size=size, title=title, gridspec_kw={"width_ratios": [1, 1.3]} if several else {})
     texts = [f"{percent(r.share_of_images)} ({r.images:,})" for r in alone.itertuples()]
     _bars(axes[0], found.classes, 100 * alone["share_of_images"], _hue(found.classes), texts)
     axes[0].set(xlabel="percent of train images that have it", xlim=(0, 140), xticks=range(0, 101, 25))
@@ -141,7 +144,7 @@ def _one_kind(left, right, found, name):
 
 def _short(n): return f"{n:.0f}" if n < 1000 else f"{n / 1000:.0f}k" if n < 1e6 else f"{n / 1e6:.0f}M"
 
-# %% ../nbs/10_eda.ipynb #c85fb8eb
+# %% ../nbs/10_eda.ipynb #8c2ff5dc
 COUNT_EDGES = np.array([1, 2, 3, 5, 9, 17, 33, 65, 129, 257])  # objects in an image; each bin ends before the next
 
 def _kinds(left, right, found, names):
@@ -153,24 +156,27 @@ def _kinds(left, right, found, names):
     _heat(left, 100 * counts / counts.sum(1, keepdims=True), titles[:last], names)
     left.set(xlabel="objects in an image that has any; cells: percent of these")
     bins = (np.log2(sizes["area_from"]) // 2).astype(int)
-    counts = sizes.assign(bin=bins).pivot_table(index="class", columns="bin", values="objects", aggfunc="sum").reindex(names, columns=range(bins.min(), bins.max() + 1)).fillna(0).to_numpy()
-    _heat(right, 100 * counts / counts.sum(1, keepdims=True), [_short(4 ** b) for b in range(bins.min(), bins.max() + 1)], None)
+    every = range(bins.min(), bins.max() + 1)
+    counts = sizes.assign(bin=bins).pivot_table(index="class", columns="bin", values="objects", aggfunc="sum")
+    counts = counts.reindex(names, columns=every).fillna(0).to_numpy()
+    _heat(right, 100 * counts / counts.sum(1, keepdims=True), [_short(4 ** b) for b in every], None)
     right.set(xlabel="pixels of an object, at least; cells: percent of objects", ylabel="")
 
-# %% ../nbs/10_eda.ipynb #fe1b1238
+# %% ../nbs/10_eda.ipynb #0a402d55
 def draw_brightness(found: Survey) -> tuple[Sheet, pd.DataFrame]:
     "Brightness, contrast and colour of the images, train against test"
     table, splits = shift_table(found), {s: c for s, c in SPLITS.items() if s in set(found.images["split"])}
     fig, [axes] = new_figure(1, 3, size=(3.3, 2.9), title="Brightness and colour of train and test", gridspec_kw={"width_ratios": [1, 1, 1.25]})
     for ax, name, text in zip(axes, ("brightness", "contrast"), ("mean of an image", "spread inside an image")):
-        sns.histplot(found.images, x=name, hue="split", hue_order=list(splits), palette=splits, stat="percent", common_norm=False, element="step", alpha=0.25, bins=int(np.clip(len(found.images) ** 0.5, 8, 40)), ax=ax, legend=False)
+        sns.histplot(found.images, x=name, hue="split", hue_order=list(splits), palette=splits, stat="percent", common_norm=False,
+                     element="step", alpha=0.25, bins=int(np.clip(len(found.images) ** 0.5, 8, 40)), ax=ax, legend=False)
         ax.set(xlabel=f"{name}: {text}", ylabel="percent of images" if name == "brightness" else "")
         ax.locator_params(axis="x", nbins=4)
     _band_boxes(axes[2], found, splits)
     fig.legend(handles=[Patch(color=c, label=s) for s, c in splits.items()], loc="outside upper right", ncols=2)
     return fig, table
 
-# %% ../nbs/10_eda.ipynb #3b46e6b7
+# %% ../nbs/10_eda.ipynb #9ddd73c7
 def band_names(found: Survey) -> list[str]:  # one a band to draw
     "Colours for pictures; one 'grey' where all channels are equal; numbers for anything else"
     n = int(found.bands["band"].max())
@@ -184,16 +190,18 @@ def _band_boxes(ax, found, splits):
     if n > 3:
         by = bands[bands["split"] == min(splits, key=list(SPLITS).index)].groupby("band")["mean"].agg(["mean", "std"])
         bands = bands.assign(mean=(bands["mean"] - bands["band"].map(by["mean"])) / bands["band"].map(by["std"]).clip(lower=1e-9))
+    thin = {"linewidth": 0.8}
     for place, (split, color) in enumerate(splits.items()):
         values = [part["mean"].dropna() for _, part in bands[bands["split"] == split].groupby("band")]
         offset = 0.36 * (place - (len(splits) - 1) / 2)
-        ax.boxplot(values, positions=np.arange(n) + offset, widths=0.32, patch_artist=True, manage_ticks=False, boxprops={"facecolor": color, "linewidth": 0.8},
-                   medianprops={"color": INK}, whiskerprops={"linewidth": 0.8}, capprops={"linewidth": 0.8}, flierprops={"marker": ".", "markersize": 3, "markerfacecolor": color, "markeredgewidth": 0})
+        dots = {"marker": ".", "markersize": 3, "markerfacecolor": color, "markeredgewidth": 0}
+        ax.boxplot(values, positions=np.arange(n) + offset, widths=0.32, patch_artist=True, manage_ticks=False, boxprops={"facecolor": color, **thin},
+                   medianprops={"color": INK}, whiskerprops=thin, capprops=thin, flierprops=dots)
     ax.set_xticks(range(n), [name.removeprefix("band ") for name in names])
     ax.set(xlabel="band" if n > 3 else "", ylabel="mean, in spreads of train" if n > 3 else "mean of an image")
     ax.grid(False, axis="x")
 
-# %% ../nbs/10_eda.ipynb #4207dc34
+# %% ../nbs/10_eda.ipynb #29833d4d
 def draw_values(found: Survey) -> tuple[Sheet, pd.DataFrame]:
     "Histogram of the pixel values of each band, train against test"
     table = value_table(found)
@@ -201,7 +209,8 @@ def draw_values(found: Survey) -> tuple[Sheet, pd.DataFrame]:
     names, splits = band_names(found), [s for s in SPLITS if s in set(table["split"])]
     n = len(names)
     columns = min(n, 3 if n <= 6 else 5)
-    fig, axes = new_figure(math.ceil(n / columns), columns, size=(9.6 / columns if columns > 2 else 4.2, 2.3 if columns < 5 else 1.9), title="Pixel values of each band")
+    size = (9.6 / columns if columns > 2 else 4.2, 2.3 if columns < 5 else 1.9)
+    fig, axes = new_figure(math.ceil(n / columns), columns, size=size, title="Pixel values of each band")
     for ax in axes.flat[n:]: ax.axis("off")
     for band, ax in zip(range(1, n + 1), axes.flat):
         for split in splits:

@@ -19,19 +19,22 @@ from matplotlib.patches import Patch
 from PIL import Image
 from .files import write_bytes, write_text
 
-# %% ../nbs/09_figures.ipynb #93129aab
+# %% ../nbs/09_figures.ipynb #5abfa4e0
 INK, GRID, PAPER = "#2b2f36", "#e4e7eb", "#ffffff"
 SPLITS = {"train": "#2f6690", "test": "#e07a1f"}  # blue and orange: apart for every kind of colour vision
 STYLE = {
     "figure.dpi": 72, "savefig.dpi": 180, "figure.facecolor": PAPER, "savefig.facecolor": PAPER, "figure.titlesize": 12, "figure.titleweight": "bold",
     "font.size": 9, "text.color": INK, "text.parse_math": False, "axes.unicode_minus": False,
-    "axes.facecolor": PAPER, "axes.edgecolor": "#9aa1ab", "axes.labelcolor": INK, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left",
+    "axes.facecolor": PAPER, "axes.edgecolor": "#9aa1ab", "axes.labelcolor": INK, "axes.titlesize": 10, "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
     "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "axes.grid": True, "grid.color": GRID, "grid.linewidth": 0.8,
-    "xtick.color": INK, "ytick.color": INK, "xtick.labelsize": 8, "ytick.labelsize": 8, "xtick.major.size": 0, "ytick.major.size": 0, "xtick.minor.size": 0, "ytick.minor.size": 0,
+    "xtick.color": INK, "ytick.color": INK, "xtick.labelsize": 8, "ytick.labelsize": 8,
+    "xtick.major.size": 0, "ytick.major.size": 0, "xtick.minor.size": 0, "ytick.minor.size": 0,
     "legend.frameon": False, "legend.fontsize": 8, "lines.linewidth": 1.8, "patch.linewidth": 0.5, "image.cmap": "viridis"}
 
-# %% ../nbs/09_figures.ipynb #ce1b6727
-CJK = ("Noto Sans CJK KR", "Noto Sans KR", "NanumGothic", "Malgun Gothic", "Apple SD Gothic Neo", "AppleGothic", "Noto Sans CJK JP", "Noto Sans CJK SC", "Source Han Sans", "WenQuanYi Zen Hei")
+# %% ../nbs/09_figures.ipynb #4aa32934
+CJK = ("Noto Sans CJK KR", "Noto Sans KR", "NanumGothic", "Malgun Gothic", "Apple SD Gothic Neo", "AppleGothic",
+       "Noto Sans CJK JP", "Noto Sans CJK SC", "Source Han Sans", "WenQuanYi Zen Hei")
 
 def use_style():
     "Set matplotlib to segnb's style; opens no window, whatever the machine has"
@@ -157,7 +160,7 @@ def _stretch(band, valid, scale):
     values = (np.where(valid, band, low).astype(np.float32) - np.float32(low)) / span
     return np.where(valid, np.clip(values, 0, 1) * 255, 0).astype(np.uint8)
 
-# %% ../nbs/09_figures.ipynb #ac0d75a4
+# %% ../nbs/09_figures.ipynb #45f911b7
 def overlay(image: np.ndarray,            # (H, W, 3) uint8
             mask: np.ndarray,             # (H, W) class indices, or (H, W, C) 0/1
             colors: np.ndarray,           # (C, 3) uint8, as `class_colors` gives; one colour: a binary mask, 1 is drawn
@@ -168,7 +171,8 @@ def overlay(image: np.ndarray,            # (H, W, 3) uint8
            ) -> np.ndarray:               # (H, W, 3) uint8
     "Draw `mask` on `image`: filled and outlined in each class's colour"
     colors, mask = np.asarray(colors, np.float32).reshape(-1, 3), np.asarray(mask)
-    if mask.shape[:2] != image.shape[:2]: raise ValueError(f"overlay: the mask is {mask.shape[:2]}, the image {image.shape[:2]}: give both the same height and width")
+    if mask.shape[:2] != image.shape[:2]:
+        raise ValueError(f"overlay: the mask is {mask.shape[:2]}, the image {image.shape[:2]}: give both the same height and width")
     width = max(1, round(min(mask.shape[:2]) / 250)) if outline is None else outline
     if mask.ndim == 3: return _overlay_labels(image, mask, colors, alpha, set(skip or ()), width)
     if skip is None: skip = (0,) if len(colors) > 1 else ()
@@ -189,10 +193,11 @@ def _overlay_classes(image, mask, colors, alpha, skip, ignore_index, width):
     out = image + fill[..., None] * (table[mask] - image)
     return _hatch(out, ignored[mask]).round().astype(np.uint8)
 
-# %% ../nbs/09_figures.ipynb #f36e4436
+# %% ../nbs/09_figures.ipynb #b9d20858
 def _overlay_labels(image, mask, colors, alpha, skip, width):
     "Labels that may overlap: fills one after another, then the outlines"
-    if mask.shape[2] != len(colors): raise ValueError(f"overlay: the mask has {mask.shape[2]} labels and there are {len(colors)} colours: give one colour for each label")
+    if mask.shape[2] != len(colors):
+        raise ValueError(f"overlay: the mask has {mask.shape[2]} labels and there are {len(colors)} colours: give one colour for each label")
     out = image.astype(np.float32)
     drawn = [k for k in range(mask.shape[2]) if k not in skip and mask[..., k].any()]
     for k in drawn: _blend(out, mask[..., k] > 0, colors[k], alpha)

@@ -7,8 +7,8 @@ __all__ = ['N_AREAS', 'SHARE_EDGES', 'value_counts', 'mask_areas', 'object_areas
            'histogram_median', 'subsample', 'valid_pixels', 'Bins', 'value_bins', 'image_numbers', 'mask_numbers',
            'Survey', 'survey', 'size_table', 'percent', 'percent_table', 'class_columns', 'share_histogram', 'presence',
            'together_table', 'area_matrix', 'object_table', 'shift_table', 'value_table', 'choose_images', 'finding',
-           'count_text', 'size_findings', 'class_summary', 'class_findings', 'object_findings', 'light_findings',
-           'picture_findings', 'fold_findings', 'findings', 'findings_text']
+           'count_text', 'names_text', 'size_findings', 'class_summary', 'class_findings', 'object_findings',
+           'light_findings', 'picture_findings', 'fold_findings', 'findings', 'findings_text']
 
 # %% ../nbs/11_survey.ipynb #599fffa9
 import math
@@ -201,18 +201,20 @@ class _Tally:
         self.values[split] = self.values.get(split, 0) + numbers["values"].astype(np.int64)
         self.sizes += numbers.get("sizes", 0)
 
-# %% ../nbs/11_survey.ipynb #055f6b84
+# %% ../nbs/11_survey.ipynb #8085f068
 def _tables(tally, samples, classes):
     "The tidy tables of a full `_Tally`"
     ids, where = samples[["image_id", "split"]].reset_index(names="row"), np.flatnonzero(~np.isnan(tally.plain["scored"]))
     images = ids.assign(**tally.plain).astype({"height": int, "width": int, "grey": bool})
     bands = _long(ids, "band", np.arange(tally.mean.shape[1]) + 1, mean=tally.mean, std=tally.std)
-    shares = tally.pixels[where] / np.maximum(tally.plain["scored"][where], 1)[:, None]
-    shares = _long(ids.iloc[where][["row", "image_id"]], "class", classes, pixels=tally.pixels[where], share=shares, objects=tally.objects[where], largest=tally.largest[where])
+    pixels, objects, largest = (array[where] for array in (tally.pixels, tally.objects, tally.largest))
+    share = pixels / np.maximum(tally.plain["scored"][where], 1)[:, None]
+    shares = _long(ids.iloc[where][["row", "image_id"]], "class", classes, pixels=pixels, share=share, objects=objects, largest=largest)
     edges = 2 ** np.arange(N_AREAS + 1, dtype=np.int64)
     sizes = pd.DataFrame({"area_from": edges[:-1], "area_to": edges[1:] - 1})
     sizes = _long(sizes, "class", classes, objects=tally.sizes.T).query("objects > 0")[["class", "area_from", "area_to", "objects"]]
-    return Survey(classes, images, bands, shares, sizes.sort_values("class", key=lambda c: c.map(classes.index), kind="stable", ignore_index=True), _values(tally))
+    sizes = sizes.sort_values("class", key=lambda names: names.map(classes.index), kind="stable", ignore_index=True)
+    return Survey(classes, images, bands, shares, sizes, _values(tally))
 
 # %% ../nbs/11_survey.ipynb #ca70cd8e
 def _long(rows, name, columns, **arrays):
@@ -350,7 +352,7 @@ def choose_images(found: Survey,
         weight = weight * (1 - 0.75 * has.loc[chosen[-1]])  # what was shown once counts less
     return [int(row) for row in chosen]
 
-# %% ../nbs/11_survey.ipynb #f0015cb9
+# %% ../nbs/11_survey.ipynb #5c74fd1c
 def finding(topic: str, text: str, watch: bool = False, **numbers) -> dict:
     "One sentence about the data, with its numbers"
     return dict(topic=topic, watch=bool(watch), text=text, **{k: v.item() if hasattr(v, "item") else v for k, v in numbers.items()})
@@ -359,148 +361,154 @@ def count_text(n: int, thing: str = "image") -> str:
     "1 image, 7,140 images"
     return f"{n:,} {thing}" + ("" if n == 1 else "s")
 
-# %% ../nbs/11_survey.ipynb #2961de38
-def size_findings(found: Survey) -> list[dict]:
-    "How many images there are and how large"
-    out, table = [], size_table(found)
-    for split, part in table.groupby("split", sort=False):
-        n, first = part["images"].sum(), part.iloc[0]
-        sizes = f"all {first.width} × {first.height} pixels" if len(part) == 1 else (
-            f"in {len(part)} sizes from {part['width'].min()} × {part['height'].min()} to {part['width'].max()} × {part['height'].max()} pixels")
-        out.append(finding("size", f"{count_text(n)} to {'train on' if split == 'train' else 'predict'}, {sizes}.", images=n, sizes=len(part)))
-    longer = found.images.assign(longer=found.images[["height", "width"]].max(axis=1)).groupby("split")["longer"].median()
-    if {"train", "test"} <= set(longer.index) and longer["train"] != longer["test"]:
-        out.append(finding("size", f"The longer side is {longer['train']:.0f} pixels in train and {longer['test']:.0f} in test: check that things appear at the same scale, or let the augmentation vary it.",
-                           True, train=longer["train"], test=longer["test"]))
-    return out
-
-# %% ../nbs/11_survey.ipynb #99fbb531
-def class_summary(found: Survey) -> pd.DataFrame:  # index: class; images, in_images, in_pixels
-    "In how many images each class is, and its share of all scored pixels"
-    by = found.shares.groupby("class")
-    has, n = by["pixels"].agg(lambda p: int((p > 0).sum())), max(1, found.images["scored"].notna().sum())
-    return pd.DataFrame({"images": has, "in_images": has / n, "in_pixels": by["pixels"].sum() / max(1, found.images["scored"].sum())}).reindex(found.classes, fill_value=0)
-
-def class_findings(found: Survey) -> list[dict]:
-    "What is rare, what dominates, what is missing"
-    if found.shares.empty: return [finding("classes", "No image has a mask, so nothing is said about classes.", True)]
-    return (_one_class if len(found.classes) == 1 else _several_classes)(found, class_summary(found))
-
-# %% ../nbs/11_survey.ipynb #dc83fca3
-def _one_class(found, summary):
-    "Findings for a binary task"
-    (name,), (row,) = found.classes, summary.itertuples()
-    share, n = found.shares["share"], len(found.shares)
-    if not row.images: return [finding("classes", f"{name} is in no train image: nothing can be learned about it.", True, classes=[name])]
-    out = [finding("classes", f"{name} covers {percent(row.in_pixels)} of the train pixels; half of the images have less than {percent(share.median())}.",
-                   share=row.in_pixels, median=share.median())]
-    few = ((share > 0) & (share < 0.01)).mean()
-    if few: out.append(finding("classes", f"In {percent(few)} of the images {name} is there but covers less than 1 %.", few > 0.1, share=few))
-    if row.images < n: out.append(finding("classes", f"{count_text(n - row.images)} of {n:,} ({percent(1 - row.in_images)}) {'has' if n - row.images == 1 else 'have'} no {name} at all.", images=n - row.images))
-    return out
-
-# %% ../nbs/11_survey.ipynb #6bd1fb8e
-def _several_classes(found, summary):
-    "Findings for several classes or labels"
-    out, seen = [], summary[summary["images"] > 0]
-    never = summary.index[summary["images"] == 0].tolist()
-    if never: out.append(finding("classes", f"{_names(never)} {'is' if len(never) == 1 else 'are'} in no train image: nothing can be learned about {'it' if len(never) == 1 else 'them'}.", True, classes=never))
-    for name, row in seen.sort_values("in_pixels").head(3).iterrows():
-        if row["in_pixels"] < 0.02 or row["in_images"] < 0.1:
-            out.append(finding("classes", f"{name} is in {percent(row['in_images'])} of the images ({int(row['images']):,}) and has {percent(row['in_pixels'])} of the pixels.",
-                               row["in_images"] < 0.1, name=name, in_images=row["in_images"], in_pixels=row["in_pixels"]))
-    if seen["in_pixels"].max() > 0.4:
-        top = seen["in_pixels"].idxmax()
-        out.append(finding("classes", f"{top} alone has {percent(seen['in_pixels'].max())} of the pixels.", name=top, in_pixels=seen["in_pixels"].max()))
-    overlap = found.images["overlap"].mean()
-    if overlap > 0: out.append(finding("classes", f"{percent(overlap)} of the pixels with a label carry more than one.", overlap=overlap))
-    return out + _companions(found)
-
-# %% ../nbs/11_survey.ipynb #75246804
-def _names(names, most=5):
+def names_text(names: Sequence[str], most: int = 5) -> str:
     "a, b and c; after `most` of them: and 7 more"
     names = [*names] if len(names) <= most else [*names[:most], f"{len(names) - most} more"]
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
+# %% ../nbs/11_survey.ipynb #c26cd1f4
+def size_findings(found: Survey) -> Iterator[dict]:
+    "How many images there are and how large"
+    for split, part in size_table(found).groupby("split", sort=False):
+        n, widths, heights = part["images"].sum(), part["width"], part["height"]
+        sizes = f"all {widths.iloc[0]} × {heights.iloc[0]} pixels"
+        if len(part) > 1: sizes = f"in {len(part)} sizes from {widths.min()} × {heights.min()} to {widths.max()} × {heights.max()} pixels"
+        yield finding("size", f"{count_text(n)} to {'train on' if split == 'train' else 'predict'}, {sizes}.", images=n, sizes=len(part))
+    longer = found.images.assign(longer=found.images[["height", "width"]].max(axis=1)).groupby("split")["longer"].median()
+    if {"train", "test"} <= set(longer.index) and longer["train"] != longer["test"]:
+        text = f"The longer side is {longer['train']:.0f} pixels in train and {longer['test']:.0f} in test: "
+        yield finding("size", text + "check that things appear at the same scale, or let the augmentation vary it.", True, train=longer["train"], test=longer["test"])
+
+# %% ../nbs/11_survey.ipynb #c8eabd92
+def class_summary(found: Survey) -> pd.DataFrame:  # index: class; images, in_images, in_pixels
+    "In how many images each class is, and its share of all scored pixels"
+    by = found.shares.groupby("class")["pixels"]
+    images, n, scored = by.agg(lambda pixels: int((pixels > 0).sum())), found.images["scored"].notna().sum(), found.images["scored"].sum()
+    table = pd.DataFrame({"images": images, "in_images": images / max(1, n), "in_pixels": by.sum() / max(1, scored)})
+    return table.reindex(found.classes, fill_value=0)
+
+def class_findings(found: Survey) -> Iterator[dict]:
+    "What is rare, what dominates, what is missing"
+    summary = class_summary(found)
+    never = summary.index[summary["images"] == 0].tolist()
+    if found.shares.empty: yield finding("classes", "No image has a mask, so nothing is said about classes.", True)
+    elif never: yield finding("classes", f"No train image has {names_text(never)}: nothing can be learned of that.", True, classes=never)
+    if len(found.classes) == 1 and not never: yield from _one_class(found, summary.iloc[0])
+    if len(found.classes) > len(never) + 1: yield from _several_classes(found, summary[summary["images"] > 0])
+
+# %% ../nbs/11_survey.ipynb #5f80bc08
+def _one_class(found, row):
+    "Findings for a binary task"
+    name, share, n = row.name, found.shares["share"], len(found.shares)
+    text = f"{name} covers {percent(row['in_pixels'])} of the train pixels; half of the images have less than {percent(share.median())}."
+    yield finding("classes", text, share=row["in_pixels"], median=share.median())
+    few, none = ((share > 0) & (share < 0.01)).mean(), int(n - row["images"])
+    if few: yield finding("classes", f"In {percent(few)} of the images {name} is there but covers less than 1 %.", few > 0.1, share=few)
+    if none: yield finding("classes", f"No {name} at all: {count_text(none)} of {n:,} ({percent(none / n)}).", images=none)
+
+# %% ../nbs/11_survey.ipynb #70b588f5
+def _several_classes(found, seen):
+    "Findings for the classes or labels that are `seen`, rows of `class_summary`"
+    for name, row in seen.sort_values("in_pixels").head(3).iterrows():
+        text = f"{name} is in {percent(row['in_images'])} of the images ({int(row['images']):,}) and has {percent(row['in_pixels'])} of the pixels."
+        if row["in_pixels"] < 0.02 or row["in_images"] < 0.1:
+            yield finding("classes", text, row["in_images"] < 0.1, name=name, in_images=row["in_images"], in_pixels=row["in_pixels"])
+    top, most = seen["in_pixels"].idxmax(), seen["in_pixels"].max()
+    if most > 0.4: yield finding("classes", f"{top} alone has {percent(most)} of the pixels.", name=top, in_pixels=most)
+    overlap = found.images["overlap"].mean()
+    if overlap > 0: yield finding("classes", f"{percent(overlap)} of the pixels with a label carry more than one.", overlap=overlap)
+    yield from _companions(found)
+
+# %% ../nbs/11_survey.ipynb #8f4d6f6f
 def _companions(found, most=2):
     "Pairs in which one class never comes without another that is not everywhere itself"
     pairs = together_table(found)
     own = pairs[pairs["class"] == pairs["with"]].set_index("class")["share_of_images"]
-    sure = pairs[(pairs["class"] != pairs["with"]) & (pairs["share"] == 1) & (pairs["images"] >= 5) & (pairs["with"].map(own) < 0.7)]
-    sure = sure.assign(other=sure["with"].map(own)).sort_values("other", kind="stable").head(most)
-    return [finding("classes", f"Every image with {r['class']} also has {r['with']}, which is in only {percent(r['other'])} of all.", images=r["images"]) for _, r in sure.iterrows()]
+    pairs = pairs.assign(other=pairs["with"].map(own))
+    sure = pairs[(pairs["class"] != pairs["with"]) & (pairs["share"] == 1) & (pairs["images"] >= 5) & (pairs["other"] < 0.7)]
+    for _, row in sure.sort_values("other", kind="stable").head(most).iterrows():
+        yield finding("classes", f"Every image with {row['class']} also has {row['with']}, which is in only {percent(row['other'])} of all.", images=row["images"])
 
-# %% ../nbs/11_survey.ipynb #a6a34dd7
-def object_findings(found: Survey) -> list[dict]:
+# %% ../nbs/11_survey.ipynb #9144859a
+def object_findings(found: Survey) -> Iterator[dict]:
     "How small the objects are, and which labels are mostly specks"
     table = object_table(found)
-    if table.empty: return []
-    small = table.loc[table["area_typical"].idxmin()]
-    side, many = math.sqrt(small["area_typical"]), len(table) > 1
-    text = f"{'The smallest things are ' + small['class'] + ': half' if many else 'Half'} of {'its' if many else 'the ' + small['class']} pixels are in objects of less than {small['area_typical']:,.0f} pixels"
-    out = [finding("objects", f"{text} (a square of {side:.0f}); an image that has any has {small['per_image_median']:.0f} of them (median).", side < 12, name=small["class"], area=small["area_typical"])]
-    for _, row in table[(table["share_below_16"] > 0.2) & (table["objects"] >= 20)].nlargest(2, "share_below_16").iterrows():
-        out.append(finding("objects", f"{percent(row['share_below_16'])} of the pieces of {row['class']} are smaller than 16 pixels: specks{', or cut off by other classes' if many else ''}.",
-                           True, name=row["class"], share=row["share_below_16"]))
-    return out
+    if table.empty: return
+    small, many = table.loc[table["area_typical"].idxmin()], len(table) > 1
+    area, side, name = small["area_typical"], math.sqrt(small["area_typical"]), small["class"]
+    subject = f"The smallest things are {name}: half of its" if many else f"Half of the {name}"
+    text = f"{subject} pixels are in objects of less than {area:,.0f} pixels (a square of {side:.0f}); "
+    yield finding("objects", text + f"an image that has any has {small['per_image_median']:.0f} of them (median).", side < 12, name=name, area=area)
+    specks = table[(table["share_below_16"] > 0.2) & (table["objects"] >= 20)].nlargest(2, "share_below_16")
+    for name, share in zip(specks["class"], specks["share_below_16"]):
+        text = f"{percent(share)} of the pieces of {name} are smaller than 16 pixels: specks" + (", or cut off by other classes." if many else ".")
+        yield finding("objects", text, True, name=name, share=share)
 
-# %% ../nbs/11_survey.ipynb #58782c61
-def light_findings(found: Survey, limit: float = 0.8) -> list[dict]:  # spreads of train from which a difference is worth a look
+# %% ../nbs/11_survey.ipynb #a80ec8f9
+def light_findings(found: Survey, limit: float = 0.8,  # spreads of the train images from which a difference is worth a look
+                  ) -> Iterator[dict]:
     "Train against test: brightness, contrast, colour"
-    table, out = shift_table(found).set_index("quantity"), []
-    if table[["train", "test", "in_spreads"]].isna().any(axis=None): return out
-    by = table["difference"].abs() / table["train"].abs().clip(lower=1e-9)
-    far = (table["in_spreads"].abs() >= limit) & (by >= 0.03)
+    table = shift_table(found).set_index("quantity")
+    if table[["train", "test", "in_spreads"]].isna().any(axis=None): return
+    by, spreads = table["difference"].abs() / table["train"].abs().clip(lower=1e-9), table["in_spreads"].abs()
+    far = (spreads >= limit) & (by >= 0.03)
     for name, more, less in (("brightness", "brighter", "darker"), ("contrast", "richer in contrast", "poorer in contrast")):
-        how, spreads = more if table.loc[name, "difference"] > 0 else less, table.loc[name, "in_spreads"]
-        amount = f"by {percent(by[name])}, {abs(spreads):.1f} spreads of the train images"
-        if far[name]: out.append(finding("light", f"Test is {how} than train {amount}.", True, in_spreads=spreads))
-        elif name == "brightness": out.append(finding("light", f"Train and test are about equally bright: test is {how} {amount}.", in_spreads=spreads))
-    bands = table.loc[[q for q in table.index if q.startswith("band")], "in_spreads"].abs().where(far, 0)
-    if bands.max() > 0 and len(bands) > 1 and bands.max() > 1.25 * abs(table.loc["brightness", "in_spreads"]):
+        how = f"test is {more if table.loc[name, 'difference'] > 0 else less} by {percent(by[name])}, {spreads[name]:.1f} spreads of the train images."
+        if far[name]: yield finding("light", f"Train and test look different: {how}", True, by=by[name], in_spreads=spreads[name])
+        elif name == "brightness": yield finding("light", f"Train and test are about equally bright: {how}", by=by[name], in_spreads=spreads[name])
+    bands = spreads[[q for q in table.index if q.startswith("band")]].where(far, 0)
+    if len(bands) > 1 and bands.max() > max(0, 1.25 * spreads["brightness"]):
         name = {"band 1": "red", "band 2": "green", "band 3": "blue"}[bands.idxmax()] if len(bands) == 3 else bands.idxmax()
-        out.append(finding("light", f"The colour differs too: {name} is {bands.max():.1f} spreads of the train images away.", True, in_spreads=bands.max()))
-    return out
+        yield finding("light", f"Train and test differ in colour: {name} is {bands.max():.1f} spreads of the train images away.", True, in_spreads=bands.max())
 
-# %% ../nbs/11_survey.ipynb #5c6d7529
-def picture_findings(found: Survey) -> list[dict]:
+# %% ../nbs/11_survey.ipynb #80ed0e43
+def picture_findings(found: Survey) -> Iterator[dict]:
     "Grey pictures, missing data, blank images, bands on scales of their own, pixels nobody scores"
-    out, images = [], found.images
-    if images["grey"].all(): out.append(finding("pictures", "Every image is grey: its three channels are equal."))
+    images, say = found.images, lambda text, *watch, **numbers: finding("pictures", text, *watch, **numbers)
+    if images["grey"].all(): yield say("Every image is grey: its three channels are equal.")
     holes = images[images["valid"] < 0.95]
-    if len(holes): out.append(finding("pictures", f"{count_text(len(holes))} {'holds' if len(holes) == 1 else 'hold'} pixels without data (zero in every band), up to {percent(1 - holes['valid'].min())} of an image.", True, images=len(holes)))
+    if len(holes): yield say(f"Pixels without data (zero in every band): {count_text(len(holes))}, up to {percent(1 - holes['valid'].min())} of one.", True, images=len(holes))
     blank = images[~(images["contrast"] > 0.1 * images["contrast"].median())]
-    if len(blank): out.append(finding("pictures", f"{count_text(len(blank))} {'is' if len(blank) == 1 else 'are'} almost blank: {_names([f'{s} {i}' for s, i in zip(blank['split'], blank['image_id'])], 3)}.", True, images=len(blank)))
+    names = [f"{split} {image}" for split, image in zip(blank["split"], blank["image_id"])]
+    if names: yield say(f"Almost blank: {count_text(len(names))}, {names_text(names, 3)}.", True, images=len(names))
     scale = found.bands.groupby("band")["mean"].median().abs()
-    if len(scale) > 3 and scale.max() > 5 * scale.min(): out.append(finding("pictures", f"Bands live on different scales: band {scale.idxmax()} is around {scale.max():,.0f}, band {scale.idxmin()} around {scale.min():,.0f}. Normalise with the data set's own statistics.", True))
+    if len(scale) > 3 and scale.max() > 5 * scale.min():
+        text = f"band {scale.idxmax()} is around {scale.max():,.0f}, band {scale.idxmin()} around {scale.min():,.0f}"
+        yield say(f"Bands live on different scales: {text}. Normalise with the data set's own statistics.", True)
     ignored = images["ignored"].sum() / max(1, (images["ignored"] + images["scored"]).sum())
-    if ignored: out.append(finding("pictures", f"{percent(ignored)} of the train pixels are not scored (ignore_index).", share=ignored))
-    return out
+    if ignored: yield say(f"{percent(ignored)} of the train pixels are not scored (ignore_index).", share=ignored)
 
-# %% ../nbs/11_survey.ipynb #25df0906
+# %% ../nbs/11_survey.ipynb #ddb9e524
 def fold_findings(report: pd.DataFrame,  # as `fold_report` makes it
                   classes: Sequence[str],
-                 ) -> list[dict]:
+                 ) -> Iterator[dict]:
     "How alike the folds are"
     parts, whole = report.drop(index=["all", -1], errors="ignore"), report.loc["all"]
-    if len(parts) < 2: return [finding("folds", "There are no folds: the fit uses all images, and nothing measures it.")]
+    if len(parts) < 2:
+        yield finding("folds", "There are no folds: the fit uses all images, and nothing measures it.")
+        return
+    low, high = parts["images"].min(), parts["images"].max()
+    yield finding("folds", f"{len(parts)} folds of {count_text(low) if low == high else f'{low:,} to {count_text(high)}'}.", folds=len(parts))
     ratio = pd.DataFrame({c: parts[f"share {c}"] / whole[f"share {c}"] for c in classes if whole[f"share {c}"] > 0})
-    out = [finding("folds", f"{len(parts)} folds of {' to '.join(f'{n:,}' for n in sorted({parts['images'].min(), parts['images'].max()}))} images.", folds=len(parts))]
-    if ratio.size and (far := (ratio - 1).abs()).max(axis=None) > 0.25:
-        name = far.max().idxmax()
-        fold = far[name].idxmax()
-        out.append(finding("folds", f"The folds differ most in {name}: fold {fold} has {ratio.loc[fold, name]:.1f} times its usual share, so scores of folds will scatter.", far.max(axis=None) > 1, name=name, fold=int(fold)))
-    absent = [(fold, c) for c in classes for fold in parts.index if whole[f"with {c}"] > 0 and parts.loc[fold, f"with {c}"] == 0]
-    if absent: out.append(finding("folds", f"Fold {absent[0][0]} has no {absent[0][1]}: its score for that class says nothing." + (f" The same holds for {count_text(len(absent) - 1, 'more pair')}." if len(absent) > 1 else ""), True))
-    return out
+    if ratio.size and (ratio - 1).abs().max(axis=None) > 0.25: yield _uneven(ratio)
+    absent = [f"fold {fold} has no {c}" for c in classes for fold in parts.index if whole[f"with {c}"] > 0 and parts.loc[fold, f"with {c}"] == 0]
+    if absent: yield finding("folds", f"A fold says nothing about a class it does not have: {names_text(absent, 3)}.", True, pairs=len(absent))
 
-# %% ../nbs/11_survey.ipynb #6d37506b
+def _uneven(ratio):
+    "The class whose share differs most between folds"
+    far = (ratio - 1).abs()
+    name = far.max().idxmax()
+    fold = far[name].idxmax()
+    text = f"The folds differ most in {name}: fold {fold} has {ratio.loc[fold, name]:.1f} times its usual share, so scores of folds will scatter."
+    return finding("folds", text, far.max(axis=None) > 1, name=name, fold=int(fold))
+
+# %% ../nbs/11_survey.ipynb #3bae3c5a
 def findings(found: Survey,
              report: pd.DataFrame | None = None,  # of the folds
             ) -> list[dict]:                      # topic, watch, text, numbers; what to watch first
     "Everything worth a sentence"
-    every = size_findings(found) + class_findings(found) + object_findings(found) + light_findings(found) + picture_findings(found)
-    every += fold_findings(report, found.classes) if report is not None else []
+    every = [f for look in (size_findings, class_findings, object_findings, light_findings, picture_findings) for f in look(found)]
+    if report is not None: every += fold_findings(report, found.classes)
     return sorted(every, key=lambda f: not f["watch"])
 
 def findings_text(found: list[dict]) -> str:
