@@ -279,22 +279,22 @@ def counts_to_string(counts: np.ndarray,  # (N,) whole numbers
         text[:, k] = digit if k == 0 else digit * (reach >= 16 << 5 * (k - 1))
     return text.tobytes().translate(None, b"\0").decode()
 
-# %% ../nbs/01_masks.ipynb #ab480122
+# %% ../nbs/01_masks.ipynb #2f233938
 def string_to_counts(text: str | bytes,  # COCO's compressed counts
                     ) -> np.ndarray:     # (N,) int64
     "Counts that `text` holds; a `ValueError` names the character that cannot be right"
     raw = text.encode("utf8", "replace") if isinstance(text, str) else text
-    code = np.frombuffer(raw, np.uint8).astype(np.int64) - 48
-    odd = (code < 0) | (code > 63)
-    if odd.any(): raise ValueError(f"character {odd.argmax() + 1} of the counts is not in '0' … 'o'")
+    code = np.frombuffer(raw, np.uint8) - np.uint8(48)    # what is below '0' wraps round to above 63
+    if (code > 63).any(): raise ValueError(f"character {(code > 63).argmax() + 1} of the counts is not in '0' … 'o'")
     end = np.flatnonzero(code < 32)
     if len(code) and (not len(end) or end[-1] < len(code) - 1): raise ValueError(f"the counts break off inside a number, at character {len(code)}")
-    start = np.r_[0, end[:-1] + 1][:len(end)]
-    length = end - start + 1
-    if (length > 8).any(): raise ValueError(f"the number at character {start[np.argmax(length > 8)] + 1} of the counts is too large")
-    place = np.arange(len(code)) - np.repeat(start, length)
-    x = np.add.reduceat((code & 31) << 5 * place, start) if len(end) else code
-    x -= np.where(code[end] & 16, 1 << 5 * length, 0)     # the top bit of the last group is the sign
+    length = np.diff(end, prepend=-1)
+    start, longest = end - length + 1, length.max(initial=0)
+    if longest > 8: raise ValueError(f"the number at character {start[length.argmax()] + 1} of the counts is too large")
+    x = np.where(code[end] & 16, -1 << 5 * length, 0)     # the top bit of the last group is the sign
+    for k in range(longest):
+        there = np.flatnonzero(length > k) if k else slice(None)
+        x[there] |= (code[start[there] + k] & 31).astype(np.int64) << 5 * k
     x[1::2], x[2::2] = np.cumsum(x[1::2]), np.cumsum(x[2::2])
     return x
 
