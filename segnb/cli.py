@@ -16,7 +16,7 @@ from typing import Annotated, Iterator, Optional
 import typer
 from .files import RecipeError, SegnbError
 
-# %% ../nbs/90_cli.ipynb #3d726e76
+# %% ../nbs/90_cli.ipynb #7eedc507
 FULL = (errno.ENOSPC, errno.EDQUOT)
 KEPT = "What was finished is kept: the same command continues."
 
@@ -32,9 +32,9 @@ def paragraph(error: BaseException) -> str:
     if isinstance(error, SegnbError): return " ".join(str(error).split())
     if isinstance(error, MemoryError): return f"The memory is full. Choose a smaller train.batch_size or augment.size. {KEPT}"
     if isinstance(error, OSError):
-        place = f" {error.filename}" if error.filename else ""
-        if error.errno in FULL: return f"The disk is full:{place} could not be written. Make room there. {KEPT}"
-        return f"{error.strerror or error}:{place}. Check that the path is right and that you may use it."
+        place = f": {error.filename}" if error.filename else ""
+        if error.errno in FULL: return f"The disk is full{place}. Make room where the run folder and its .pack lie. {KEPT}"
+        return f"{error.strerror or error}{place}. Check that the path is right and that you may use it."
     return f"Unexpected {type(error).__name__}: {' '.join(str(error).split())[:600]}. This is a fault of segnb: the same command with --debug shows where."
 
 # %% ../nbs/90_cli.ipynb #6af01c2a

@@ -580,16 +580,14 @@ def run_notebook(notebook: str | Path,         # executed in a kernel of this in
 DIED = ("The kernel that ran {output} died without a word: most often the memory was full. Choose a smaller train.batch_size or "
         "augment.size, or fewer train.workers, and start again: what was finished is kept.")
 
-# %% ../nbs/09_pipeline.ipynb #192d8773
+# %% ../nbs/09_pipeline.ipynb #dab1ce6b
 class NotebookError(SegnbError):
     "A cell failed; the executed notebook shows where"
     def __init__(self, error: PapermillExecutionError, output: Path):
         kinds = {k.__name__: k for k in (RecipeError, DataError)}
         self.exit_code = kinds.get(error.ename, SegnbError).exit_code
-        self.full_disk = error.ename == "OSError" and "No space left" in error.evalue
         own = error.ename in {*kinds, "SegnbError", "NotebookError"}
         what = " ".join(error.evalue.split()[-120:])
-        self.traceback = error.traceback
         super().__init__(f"{what if own else f'{error.ename}: {what}'} (In cell {error.exec_count} of {output})")
 
 # %% ../nbs/09_pipeline.ipynb #0501b607
