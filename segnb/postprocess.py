@@ -162,7 +162,7 @@ def gain_error(new: np.ndarray,   # (N, C, 3) counts
     parts = np.array([gain(np.arange(len(new)) % groups != g) for g in range(groups)])
     return gain(slice(None)), float(np.sqrt((groups - 1) * parts.var()))
 
-# %% ../nbs/41_postprocess.ipynb #560ef3a3
+# %% ../nbs/41_postprocess.ipynb #1742acd5
 def tune_min_area(counts: np.ndarray,   # (N, A, C, 3) int64: `area_counts` of each out-of-fold image
                   *, areas: Sequence[float] = AREAS,   # the first is what the others are compared with
                   **convention,         # name, over, empty, smooth
@@ -172,7 +172,7 @@ def tune_min_area(counts: np.ndarray,   # (N, A, C, 3) int64: `area_counts` of e
     table.insert(0, "min_area", areas)
     table.insert(1, "score", [reduce_counts(counts[:, a], **convention) for a in range(len(areas))])
     top = table.score.fillna(-1).argmax()
-    sure, good = table.gain > 2 * table.error, table.score >= table.score[top] - table.error[top]
+    sure, good = table.gain > table.error, table.score >= table.score[top] - table.error[top]
     best = int((sure & good).argmax()) if sure[top] else 0
     return areas[best], float(table.score[best]), table
 
