@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['FULL', 'KEPT', 'app', 'RecipeName', 'Settings', 'AsJson', 'UNTOLD', 'BENCHMARKS', 'exit_code', 'paragraph', 'Options',
            'one_paragraph', 'options', 'command', 'main', 'overrides', 'recipes', 'sample', 'check', 'prove_choices',
-           'weight_paths', 'run', 'score', 'validate', 'finished_run', 'mask_files', 'predict_image', 'check_bands',
-           'predict', 'refuse_same_names', 'leaves', 'differing', 'standing', 'board', 'leaderboard', 'bench']
+           'weight_paths', 'run', 'score', 'validate', 'finished_run', 'mask_files', 'load_ensemble', 'predict_image',
+           'check_bands', 'predict', 'refuse_same_names', 'leaves', 'differing', 'standing', 'board', 'leaderboard',
+           'bench']
 
 # %% ../nbs/90_cli.ipynb #2552e914
 import errno, functools, json, re, shutil, sys, traceback
@@ -208,6 +209,14 @@ def mask_files(mask,           # (H, W) class indices, or (H, W, C) 0/1
         return {f"{stem}_{name}.png": index_png_encode(mask[..., k], palette=[[0, 0, 0], colors[k]]) for k, name in enumerate(names)}
     return {f"{stem}.png": index_png_encode(mask, palette=[[0, 0, 0], *colors] if recipe.task == "binary" else colors)}
 
+# %% ../nbs/90_cli.ipynb #e18d7b7e
+def load_ensemble(run) -> tuple:  # Predictor, Decision
+    "The networks of a finished run as one, and what was decided about them"
+    from segnb.ensemble import fits_of, predictor_of, read_decision
+    decision = read_decision(run)
+    shares = {(model, k): decision.weights[model] / len(folds) for model, folds in fits_of(run).items() if decision.weights[model] for k in folds}
+    return predictor_of(run, shares, pixels=1), decision
+
 # %% ../nbs/90_cli.ipynb #862bca57
 def predict_image(predictor, decision, recipe, path: Path) -> dict[str, bytes]:  # file name -> PNG
     "Mask and overlay of one picture, at its own size"
@@ -229,14 +238,13 @@ def check_bands(image, predictor, path: Path):
     wanted = predictor.models[0].mean.shape[1]
     if image.shape[2] != wanted: raise DataError(f"{path} has {image.shape[2]} bands and the networks were trained on {wanted}: give images like those of the run.")
 
-# %% ../nbs/90_cli.ipynb #ec777325
+# %% ../nbs/90_cli.ipynb #0b725463
 @command
 def predict(run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
             images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Loose pictures.")],
             out: Annotated[Path, typer.Option(metavar="DIR", help="Where masks and overlays go.")]):
     "Masks (index PNG) and overlays for loose images, by the ensemble of a run."
     from tqdm import tqdm
-    from segnb.ensemble import load_ensemble
     from segnb.files import write_bytes
     refuse_same_names(images)
     found = finished_run(run, "ensemble.json")

@@ -80,6 +80,28 @@ def test_what_is_up_to_date_is_reused_and_the_reason_is_said(finished, tiny, tmp
     assert fresh["submit"] == "asked for afresh" and set(fresh) == {"submit", "done"}
 
 
+def test_commands_on_a_finished_run(finished, demo_data, tiny, tmp_path):
+    folder, submission, data = finished[0], finished[0] / "submission.csv", settings(**{"data.root": demo_data})
+    assert "is valid" in segnb("validate", "demo", submission, *data).stdout
+    lines = submission.read_text("utf8").splitlines()
+    (tmp_path / "short.csv").write_text("\n".join(lines[:-1]) + "\n", "utf8")
+    assert lines[-1].split(",")[0] in segnb("validate", "demo", tmp_path / "short.csv", *data, code=1).stdout
+    assert json.loads(segnb("score", "demo", submission, submission, *data).stdout)["score"] == 1.0
+    assert str(folder) in segnb("leaderboard", folder).stdout
+    assert "no run folder" in segnb("leaderboard", tmp_path, code=2).stderr
+    images = sorted((demo_data / "test_img").glob("*.png"))[:2]
+    segnb("predict", folder, *images, "--out", tmp_path / "masks")
+    assert {p.name for p in (tmp_path / "masks").iterdir()} == {f"{i.stem}{end}.png" for i in images for end in ("", "_overlay")}
+    assert "truncated" in segnb("predict", folder, truncated(images[0], tmp_path), "--out", tmp_path / "masks", code=3).stderr
+
+
+def truncated(image, folder):
+    "A copy of `image` without its end"
+    path = folder / "cut.png"
+    path.write_bytes(image.read_bytes()[:-200])
+    return path
+
+
 def straight(*arguments):
     "Run without the stages that only look"
     segnb("run", *arguments, "--to", "check")
@@ -112,7 +134,7 @@ def family(process):
 
 def test_a_killed_or_interrupted_fit_continues_to_the_same_submission(tiny, tmp_path):
     "SIGKILL in the middle of a fit, then Ctrl-C in the middle of the rest, then to the end; against a run that nobody touched"
-    longer = [*tiny, *settings(**{"train.epochs": 10, "train.epoch_scale": 8, "folds.use": "[0]"})]
+    longer = [*tiny, *settings(**{"train.epochs": 6, "train.epoch_scale": 4, "folds.use": "[0]"})]
     straight(*longer, "--out", tmp_path / "whole")
     segnb("run", *longer, "--out", tmp_path / "cut", "--to", "check")
     for name, code in (("SIGKILL", -9), ("SIGINT", 130)):
