@@ -10,8 +10,8 @@ __all__ = ['LAYOUT', 'NOT_PIXELS', 'MARGIN', 'FULL_DISK', 'CROPS', 'sample_rng',
            'least_size', 'pad_to', 'read_crop', 'augment_row', 'TrainDataset', 'image_tensor', 'mask_tensor',
            'make_loader', 'batches_per_second', 'loader_benchmark']
 
-# %% ../nbs/04_pack.ipynb #ea2897da
-import errno, itertools, json, os, random, shutil, tempfile, time, uuid, warnings
+# %% ../nbs/04_pack.ipynb #5421e8bf
+import errno, itertools, json, mmap, os, random, shutil, tempfile, time, uuid, warnings
 from pathlib import Path
 import albumentations as A
 import cv2
@@ -106,7 +106,7 @@ class ArrayWriter:
 
     def __exit__(self, *error): self.file.close()
 
-# %% ../nbs/04_pack.ipynb #d6ced2db
+# %% ../nbs/04_pack.ipynb #3fe548e7
 class Arrays:
     "What an `ArrayWriter` wrote, by number, mapped into memory"
     def __init__(self, path: str | Path, index: dict): self.path, self.index, self._map = Path(path), index, None
@@ -120,6 +120,13 @@ class Arrays:
         if self._map is None: self._map = np.memmap(self.path, mode="r")
         offset, shape, dtype = (self.index[name][i] for name in ("offset", "shape", "dtype"))
         return np.ndarray(tuple(shape), dtype, buffer=self._map, offset=offset)
+
+    def forget(self, i: int):
+        "Let go of the memory that looking at array `i` took: one pass over all pictures must not map them all"
+        if not hasattr(mmap, "MADV_DONTNEED"): return
+        start = self.index["offset"][i] // mmap.PAGESIZE * mmap.PAGESIZE
+        end = self.index["offset"][i] + self[i].nbytes
+        self._map._mmap.madvise(mmap.MADV_DONTNEED, start, end - start)
 
 # %% ../nbs/04_pack.ipynb #a143e996
 LAYOUT = 1                                                    # raise it when what is stored, or how, changes
@@ -288,7 +295,7 @@ class Pack:
         if self._stats is None: self._stats = pooled_stats(self, self.train)
         return self._stats
 
-# %% ../nbs/04_pack.ipynb #a9f08464
+# %% ../nbs/04_pack.ipynb #a04d7990
 class StoredPack(Pack):
     "A `Pack` whose training rows come from the store in `folder`: a window reads only its own rows"
     def __init__(self, recipe: Recipe, samples: pd.DataFrame, folder: Path):
@@ -299,13 +306,18 @@ class StoredPack(Pack):
 
     def image(self, i: int, window: tuple | None = None) -> np.ndarray:
         "As of `Pack`"
-        return cut(self.images[self.slots[i]], window) if i in self.slots else super().image(i, window)
+        return self._read(self.images, i, window) if i in self.slots else super().image(i, window)
 
     def mask(self, i: int, window: tuple | None = None) -> np.ndarray:
         "As of `Pack`"
         if i not in self.slots: return super().mask(i, window)
-        stored = cut(self.masks[self.slots[i]], window)
+        stored = self._read(self.masks, i, window)
         return stored if stored.ndim == 2 else unpack_labels(stored, self.recipe.n_classes)
+
+    def _read(self, arrays, i, window):
+        part = cut(arrays[self.slots[i]], window)
+        if window is None: arrays.forget(self.slots[i])
+        return part
 
     def band_stats(self) -> tuple[np.ndarray, np.ndarray]:
         "As of `Pack`; computed once and kept beside the pixels"
