@@ -3,7 +3,7 @@ import subprocess, sys, time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LIMIT = 600   # seconds for one notebook
+LIMIT = 1200   # seconds for one notebook
 
 
 def run(notebook):
