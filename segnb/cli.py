@@ -149,7 +149,7 @@ def weight_paths(recipe) -> list[str]:
     named = {recipe.encoder_weights if m.encoder_weights == "recipe" else m.encoder_weights for m in recipe.models}
     return sorted(named - {None, "imagenet"})
 
-# %% ../nbs/90_cli.ipynb #eaf1e609
+# %% ../nbs/90_cli.ipynb #0eb121c6
 @command
 def run(recipe: RecipeName,
         out: Annotated[Path, typer.Option(metavar="RUN", help="Run folder.")],
@@ -160,7 +160,8 @@ def run(recipe: RecipeName,
     "Run the stages check eda augment train ensemble submit; what is up to date is reused."
     from segnb.recipe import load_recipe, parse_yaml, to_yaml
     asked = load_recipe(recipe, overrides(settings))
-    from segnb.pipeline import read_manifest, run_pipeline
+    from segnb.pipeline import read_manifest, run_pipeline, stage_range
+    stage_range(first, last)
     if read_manifest(out)["requested"] != parse_yaml(to_yaml(asked)): prove_choices(asked)
     done = run_pipeline(recipe, out, from_stage=first, to_stage=last, fresh=fresh, overrides=overrides(settings))
     submissions = [p.name for p in sorted(done.folder.glob("submission.*")) if p.suffix not in (".json", ".png")]
