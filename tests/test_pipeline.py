@@ -87,7 +87,7 @@ def test_commands_on_a_finished_run(finished, demo_data, tiny, tmp_path):
     (tmp_path / "short.csv").write_text("\n".join(lines[:-1]) + "\n", "utf8")
     assert lines[-1].split(",")[0] in segnb("validate", "demo", tmp_path / "short.csv", *data, code=1).stdout
     assert json.loads(segnb("score", "demo", submission, submission, *data).stdout)["score"] == 1.0
-    assert str(folder) in segnb("leaderboard", folder).stdout
+    assert f"/{folder.name}" in segnb("leaderboard", folder).stdout   # a long path loses its beginning
     assert "no run folder" in segnb("leaderboard", tmp_path, code=2).stderr
     images = sorted((demo_data / "test_img").glob("*.png"))[:2]
     segnb("predict", folder, *images, "--out", tmp_path / "masks")
