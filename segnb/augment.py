@@ -201,7 +201,7 @@ def wildfire_wrap(frame: Frame, *, hflip: Share = 0.5, vflip: Share = 0.5):
 
 variants(wildfire, wildfire_bands=("E. With turns, and each band's gain and noise varied", dict(rot90=.5, gain=.5, noise=.3)))
 
-# %% ../nbs/20_augment.ipynb #88b2ba52
+# %% ../nbs/20_augment.ipynb #0bdf57f8
 @preset
 def timed(frame: Frame, *, base: Base = "native", zoom: Bounds = (0.7, 1.4), classes: Wanted | None = None, even: bool = True,
           hflip: Share = 0.5, vflip: Share = 0.0, rot90: Share = 0.0, rotate: Annotated[float, Field(ge=0, le=180)] = 10, rotate_p: Share = 0.3,
@@ -216,7 +216,7 @@ _ABOVE = dict(vflip=.5, rot90=.5, rotate=30.)
 variants(timed,
          demo=("The demo's own: from above, each crop with a building", dict(classes="any", **_ABOVE)),
          satellite_timed=("A. For short trainings: from above, any zoom the test may have", dict(**_ABOVE)),
-         trash_timed=("B. For short trainings: part of the image, any zoom", dict(base="crop", zoom=(.9, 1.8))),
+         trash_timed=("B. For short trainings: crops around each class in turn", dict(base="crop", zoom=(1., 1.75), classes="any")),
          indoor_timed=("C. For short trainings: crops around each class in turn", dict(classes="any")),
          handbone_timed=("D. For short trainings: the whole hand, turned and scaled a little",
                          dict(base="stretch", zoom=(.85, 1.2), rotate=20., rotate_p=.5, gray=0.)),
