@@ -440,13 +440,15 @@ def lovasz_softmax_loss(logits, target, valid, *, per_image: bool = False, class
     weights = None if class_weights is None else per_class(class_weights, logits, "class_weights")
     return mean_over_classes(values.view(-1, logits.shape[1]), counts.view(-1, logits.shape[1]), weights)
 
-# %% ../nbs/08_losses.ipynb #c538078a
+# %% ../nbs/08_losses.ipynb #a24e3fbf
 def blur(x: Tensor,     # (B, C, H, W)
          taps: Tensor,  # (window,) odd many
         ) -> Tensor:    # as `x`
     "Weighted mean under a square window, 0 outside of the picture"
-    flat, half = x.flatten(0, 1)[:, None], len(taps) // 2
-    return F.conv2d(F.conv2d(flat, taps.view(1, 1, -1, 1), padding=(half, 0)), taps.view(1, 1, 1, -1), padding=(0, half)).view_as(x)
+    planes, half = x.flatten(0, 1)[None], len(taps) // 2          # as channels of one picture this is ten times as fast on a CPU
+    n = planes.shape[1]
+    planes = F.conv2d(planes, taps.view(1, 1, -1, 1).expand(n, 1, -1, 1), padding=(half, 0), groups=n)
+    return F.conv2d(planes, taps.view(1, 1, 1, -1).expand(n, 1, 1, -1), padding=(0, half), groups=n).view_as(x)
 
 def ssim_values(a: Tensor, b: Tensor,        # (B, C, H, W) 0 to 1
                 window: int, sigma: float,   # pixels, odd; of the Gaussian
@@ -454,9 +456,10 @@ def ssim_values(a: Tensor, b: Tensor,        # (B, C, H, W) 0 to 1
     "Structural similarity around each pixel (Wang et al. 2004), with K1 = 0.01 and K2 = 0.03"
     at = torch.arange(window, dtype=a.dtype, device=a.device) - window // 2
     taps = (-at ** 2 / (2 * sigma ** 2)).exp()
-    mean_a, mean_b, aa, bb, ab = blur(torch.cat([a, b, a * a, b * b, a * b]), taps / taps.sum()).chunk(5)
+    mean_a, power, product = blur(torch.cat([a, a * a + b * b, a * b]), taps / taps.sum()).chunk(3)
+    mean_b = blur(b, taps / taps.sum())
     both, squares = mean_a * mean_b, mean_a ** 2 + mean_b ** 2
-    return (2 * both + 1e-4) * (2 * (ab - both) + 9e-4) / ((squares + 1e-4) * (aa + bb - squares + 9e-4))
+    return (2 * both + 1e-4) * (2 * (product - both) + 9e-4) / ((squares + 1e-4) * (power - squares + 9e-4))
 
 # %% ../nbs/08_losses.ipynb #888ba8b0
 def odd(n: int) -> int:
