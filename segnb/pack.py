@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['STREAMS', 'LAYOUT', 'NOT_PIXELS', 'MARGIN', 'FULL_DISK', 'CROPS', 'TRIES', 'stream_rng', 'sample_rng', 'epoch_order',
            'StepBatches', 'seed_augment', 'ArrayWriter', 'Arrays', 'pack_key', 'mask_files', 'read_pair', 'build_store',
-           'check_alike', 'is_whole', 'sweep', 'valid_pixels', 'band_moments', 'pool_moments', 'pooled_stats', 'cut',
-           'Pack', 'StoredPack', 'store_bytes', 'open_pack', 'split_crop', 'needs_mask', 'crop_params', 'draw_pixel',
-           'nonempty_coords', 'least_size', 'pad_to', 'move_window', 'read_crop', 'augment_row', 'TrainDataset',
-           'image_tensor', 'mask_tensor', 'make_loader', 'batches_per_second', 'loader_benchmark']
+           'check_alike', 'is_whole', 'sweep', 'valid_pixels', 'band_moments', 'pool_moments', 'pooled_stats',
+           'mask_shares', 'cut', 'Pack', 'StoredPack', 'store_bytes', 'open_pack', 'split_crop', 'needs_mask',
+           'crop_params', 'draw_pixel', 'nonempty_coords', 'least_size', 'pad_to', 'move_window', 'read_crop',
+           'augment_row', 'TrainDataset', 'image_tensor', 'mask_tensor', 'make_loader', 'batches_per_second',
+           'loader_benchmark']
 
 # %% ../nbs/04_pack.ipynb #84186a58
 import errno, itertools, json, mmap, os, random, shutil, tempfile, time, uuid, warnings
@@ -257,6 +258,20 @@ def pooled_stats(pack,              # has `image(i)`
     if not n: raise DataError("All training images are blank (0 in every band), so their bands have no mean: `segnb check` lists them.")
     return mean, np.sqrt(spread / n)
 
+# %% ../nbs/04_pack.ipynb #2ae41f1a
+def mask_shares(mask: np.ndarray,  # (H, W) classes, or labels as bits (H, W, ceil(C / 8))
+                recipe: Recipe,
+               ) -> np.ndarray:    # (C,) float64 in 0..1; binary: of value 1
+    "The share of each class in the pixels of `mask` that are not ignored"
+    if mask.ndim == 3:
+        bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")      # (256, 8)
+        areas = np.concatenate([np.bincount(mask[..., k].ravel(), minlength=256) @ bits for k in range(mask.shape[2])])
+        return areas[:recipe.n_classes] / (mask.shape[0] * mask.shape[1])
+    counts, ignored = np.bincount(mask.ravel(), minlength=256), recipe.data.ignore_index
+    if ignored is not None: counts[ignored] = 0
+    first = 1 if recipe.task == "binary" else 0
+    return counts[first:first + recipe.n_classes] / max(counts.sum(), 1)
+
 # %% ../nbs/04_pack.ipynb #e8907e9f
 def cut(array: np.ndarray,                                 # (H, W) or (H, W, C)
         window: tuple[int, int, int, int] | None = None,   # y0, x0, y1, x1; None: all of it
@@ -268,7 +283,7 @@ def cut(array: np.ndarray,                                 # (H, W) or (H, W, C)
     if not (0 <= y0 < y1 <= h and 0 <= x0 < x1 <= w): raise ValueError(f"window {window} (y0, x0, y1, x1) is not inside an image of {h}x{w}")
     return np.array(array[y0:y1, x0:x1])
 
-# %% ../nbs/04_pack.ipynb #73450cae
+# %% ../nbs/04_pack.ipynb #dce8e16a
 class Pack:
     "Images and masks by position in `samples`, decoded from their files at each call"
     def __init__(self, recipe: Recipe, samples: pd.DataFrame):
@@ -304,7 +319,13 @@ class Pack:
         if self._stats is None: self._stats = pooled_stats(self, self.train)
         return self._stats
 
-# %% ../nbs/04_pack.ipynb #26cad090
+    def class_shares(self) -> np.ndarray:
+        "(len(train), C) share of each class in the pixels of each training image"
+        read = lambda i: mask_shares(self.mask(i, bits=True), self.recipe)
+        shares = parallel_map(read, [int(i) for i in self.train], 2, desc="class shares")
+        return np.array(list(shares)).reshape(-1, self.recipe.n_classes)
+
+# %% ../nbs/04_pack.ipynb #117bbded
 class StoredPack(Pack):
     "A `Pack` whose training rows come from the store in `folder`: a window reads only its own rows"
     def __init__(self, recipe: Recipe, samples: pd.DataFrame, folder: Path):
@@ -333,6 +354,12 @@ class StoredPack(Pack):
         kept = self.folder / "band_stats.json"
         if not kept.exists(): write_json(kept, [values.tolist() for values in super().band_stats()])
         return tuple(np.array(values) for values in read_json(kept))
+
+    def class_shares(self) -> np.ndarray:
+        "As of `Pack`; computed once and kept beside the pixels"
+        kept = self.folder / "class_shares.json"
+        if not kept.exists(): write_json(kept, super().class_shares().tolist())
+        return np.array(read_json(kept)).reshape(-1, self.recipe.n_classes)
 
 # %% ../nbs/04_pack.ipynb #a8fba19d
 MARGIN = 10**9   # bytes
