@@ -371,22 +371,25 @@ def build_mixing(recipe: Recipe,
         made.append(MIXERS[entry.name](recipe, pack, rows, **options))
     return Mixer(made, recipe.seed) if made else None
 
-# %% ../nbs/22_mixing.ipynb #631cff34
+# %% ../nbs/22_mixing.ipynb #0c2123d5
 def mixing_figure(pack,
-                  rows: np.ndarray,      # training rows: pictures and objects come from them
+                  rows: np.ndarray,      # to draw
                   recipe: Recipe,
-                  n: int = 6,            # pictures of a row
+                  trained: np.ndarray,   # the training rows of a fold, which objects come from
                  ) -> Sheet:
     "A batch as it was drawn, then as each entry of the recipe's mixing leaves it at p 1; without entries, all there are at their defaults"
     entries = recipe.mixing or [type(recipe.loss)(name=name) for name in ("paste", "cutmix", "mixup")]
-    shown, titles, batch = [], [], drawn_batch(pack, rows[:n], recipe)
-    shown, titles = list(batch_pictures(batch, recipe)), ["as drawn"] * len(batch["image"])
+    batch = drawn_batch(pack, rows, recipe)
+    shown, titles = batch_pictures(batch, recipe), ["as drawn"] * len(rows)
     for entry in entries:
         alone = recipe.model_copy(update={"mixing": [type(entry)(**entry.model_dump() | {"p": 1})]})
-        mixed = build_mixing(alone, pack, rows)(batch, 0)
+        try: mixed = build_mixing(alone, pack, trained)(batch, 0)
+        except (DataError, RecipeError):
+            if recipe.mixing: raise
+            continue                   # nothing to paste here, or a batch of one: nobody asked for it
         shown += batch_pictures(mixed, recipe)
-        titles += [entry.name + (f", lam {mixed['lam']:.2f}" if "lam" in mixed else "")] * len(batch["image"])
-    return picture_grid(shown, titles, len(batch["image"]), title="Mixing in the batch" + ("" if recipe.mixing else ": what there is, this recipe uses none"), size=1.5, **legend(recipe))
+        titles += [entry.name + (f", lam {mixed['lam']:.2f}" if "lam" in mixed else "")] * len(rows)
+    return picture_grid(shown, titles, len(rows), title="Mixing in the batch" + ("" if recipe.mixing else ": what there is, this recipe uses none"), size=1.5, **legend(recipe))
 
 # %% ../nbs/22_mixing.ipynb #8cbb86b5
 def drawn_batch(pack, rows: np.ndarray, recipe: Recipe) -> dict:
