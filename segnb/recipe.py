@@ -120,7 +120,7 @@ class Augment(Section):
     size: Size = (256, 256)      # what the network is trained on
     options: dict[str, Any] = {}
 
-# %% ../nbs/00_recipe.ipynb #fc34272c
+# %% ../nbs/00_recipe.ipynb #4af3163d
 class Sampling(Section):
     "Which training images are drawn, how often, and what their crops must show (room `23_sampling`)"
     classes: Literal["any"] | list[str | int] = "any"   # what counts here: all but the background, or these by name or number
@@ -131,7 +131,7 @@ class Sampling(Section):
     even: bool = False                                  # foreground: a class is drawn first, each with the same chance
 
 class Model(Section):
-    "One network; `precision`, `memory_format` and `steps` are filled in by the probe and then repeated"
+    "One network; `precision` and what follows it are filled in by the probe and then repeated"
     name: str = Field(pattern=r"^[\w.-]+$")
     arch: str = "Unet"
     encoder: str = "resnet34"
@@ -140,6 +140,8 @@ class Model(Section):
     precision: Literal["fp32", "bf16", "fp16"] | None = None
     memory_format: Literal["contiguous", "channels_last"] | None = None
     steps: int | None = Field(None, gt=0)
+    compile: bool | None = None
+    split: int | None = Field(None, gt=0)      # a batch goes through the network in so many parts: found when memory ran out
 
 class Optim(Section):
     "The optimiser and its learning rate over time"
@@ -148,9 +150,11 @@ class Optim(Section):
     weight_decay: float = Field(0.0, ge=0)
     encoder_lr_scale: float = Field(1.0, ge=0)   # the encoder learns at lr times this
     clip: float | None = Field(None, gt=0)       # largest gradient norm
-    schedule: Named = Named(name="cosine")
+    freeze_encoder: int = Field(0, ge=0)         # epochs in which the encoder stays as it is, its BatchNorm statistics too
+    options: dict[str, Any] = {}                 # of the optimiser: betas, momentum, nesterov, …
+    schedule: Named = Named(name="cosine")       # and its options; any schedule takes per: step | epoch, warmup_epochs, warmup_from
 
-# %% ../nbs/00_recipe.ipynb #fe3d4c5f
+# %% ../nbs/00_recipe.ipynb #e028004e
 class Train(Section):
     "How long, how much at once, and in which precision"
     epochs: int = Field(10, gt=0)
@@ -161,8 +165,14 @@ class Train(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
     ema: float | None = Field(None, gt=0, lt=1)      # decay of the averaged weights, which are then the ones kept
+    swa: float | None = Field(None, ge=0, lt=1)      # share of the fit after which weights are averaged, equally, once an epoch; the average is kept
+    swa_batches: int = Field(100, gt=0)              # training batches that BatchNorm statistics of this average are made from
     patience: int | None = Field(None, gt=0)         # epochs without a better score before the fit stops
-    workers: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
+    checkpoint_minutes: float = Field(5, gt=0)       # minutes between checkpoints within an epoch; each epoch ends with one
+    compile: Literal["auto"] | bool = "auto"         # torch.compile of the training step; auto: on a GPU, where a probe says it pays
+    devices: Literal["auto"] | Annotated[int, Field(gt=0)] = 1   # processes on this machine, a GPU each where there are GPUs; auto: every GPU
+    nodes: int = Field(1, gt=0)                      # machines; batch_size is of all processes together
+    workers: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"   # of each process
 
 # %% ../nbs/00_recipe.ipynb #cb266951
 class Predict(Section):
@@ -292,9 +302,11 @@ def key_lines(text: str) -> dict[str, int]:  # dotted key -> line, from 1
     visit(yaml.compose(text, _Loader), "")
     return lines
 
-# %% ../nbs/00_recipe.ipynb #775ee9aa
+# %% ../nbs/00_recipe.ipynb #fbfd0dcc
+# section: its choice, and what does not depend on it
 CHOICES = {"loss": ("name", ()), "optim.schedule": ("name", ()), "sampling.weights": ("name", ()), "augment": ("preset", ("size",)),
-           "data": ("format", ("root",))}   # section: its choice, and what does not depend on it
+           "data": ("format", ("root",)),
+           "optim": ("name", ("lr", "weight_decay", "encoder_lr_scale", "clip", "freeze_encoder", "schedule"))}
 
 def merge(base: dict, top: dict, prefix: str = "") -> dict:
     "`top` laid over `base`, section by section; neither is changed"
