@@ -283,14 +283,15 @@ def repeat_table(dataset: TrainDataset,
     return pd.DataFrame([(count, len(made), len(set(made)), made == runs[workers[0]]) for count, made in runs.items()],
                         columns=["workers", "samples", "different", "as_first"])
 
-# %% ../nbs/20_augment.ipynb #c146ab83
+# %% ../nbs/20_augment.ipynb #628e1bde
 def pick_rows(pack,                    # of `open_pack`
               n_classes: int,
               n: int = 3,              # how many
               among: int = 60,         # training images looked at, evenly spaced
+              rows: np.ndarray | None = None,  # of these; None: of all training images
              ) -> list[int]:           # rows of the pack
     "Training images that show much: those with the most classes, and of these the ones where the smallest class is largest"
-    rows = np.asarray(pack.train)
+    rows = np.asarray(pack.train if rows is None else rows)
     rows = rows[np.linspace(0, len(rows) - 1, min(among, len(rows))).astype(int)]
     def worth(row):
         counts = class_pixels(pack.mask(row), n_classes)

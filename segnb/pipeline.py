@@ -52,13 +52,13 @@ class Stage:
     reuses: bool = False           # its next run keeps files of the last one
     within: str = ""               # it is a part of this stage
 
-# %% ../nbs/09_pipeline.ipynb #535e6aec
+# %% ../nbs/09_pipeline.ipynb #f42b4d3f
 STAGES = {stage.name: stage for stage in (
     Stage("check", "", (), "task classes data", "all", "doctor.json samples.parquet"),
     Stage("folds", "", ("check",), "task classes data folds seed", "train", "folds.csv", within="check"),
     Stage("eda", "10_eda", ("check", "folds"), "task classes data folds seed", "train test", "eda/**/*"),
-    Stage("augment", "20_augment", ("folds",), "task classes data augment seed", "train", "augment/**/*"),
-    Stage("train", "30_train", ("folds",), "task classes data metric augment loss optim train predict encoder_weights seed", "train",
+    Stage("augment", "20_augment", ("folds",), "task classes data augment mixing seed", "train", "augment/**/*"),
+    Stage("train", "30_train", ("folds",), "task classes data metric augment sampling mixing loss optim train predict encoder_weights seed", "train",
           "models/{model}/fold{fold}/**/*", resumes="models/{model}/fold{fold}/last.ckpt", reuses=True),
     Stage("ensemble", "40_ensemble", ("folds", "train"), "task classes data metric predict ensemble postprocess submit seed", "train test",
           "oof/**/* test_masks/**/* ensemble.json scores.json", reuses=True),

@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['BORDERS', 'Base', 'Wanted', 'Augment', 'Frame', 'edges', 'pad_centre', 'resize_image', 'resize_mask', 'base_window',
-           'Windowed', 'ZoomCrop', 'wanted_classes', 'wanted_pixels', 'classes_there', 'ClassCrop', 'mirror_pairs',
-           'swap_classes', 'MirrorLeftRight', 'MirrorUpDown', 'mirrors', 'Rgb', 'as_dtype', 'BandGain', 'BandNoise']
+           'Windowed', 'ZoomCrop', 'wanted_classes', 'wanted_pixels', 'classes_there', 'chosen_classes', 'mask_numbers',
+           'ClassCrop', 'mirror_pairs', 'swap_classes', 'MirrorLeftRight', 'MirrorUpDown', 'mirrors', 'Rgb', 'as_dtype',
+           'BandGain', 'BandNoise']
 
-# %% ../nbs/21_transforms.ipynb #592bc85f
+# %% ../nbs/21_transforms.ipynb #114987a2
 import random, re
 from typing import Any, Literal, NamedTuple
 import albumentations as A
 import cv2
 import numpy as np
 from albumentations.augmentations.crops.transforms import BaseCrop
+from .files import RecipeError, nearest
 from .pack import draw_pixel
 
 # %% ../nbs/21_transforms.ipynb #6c3249ff
@@ -149,6 +151,26 @@ def classes_there(mask: np.ndarray, classes: list[int]) -> list[int]:
     if mask.ndim == 3: return [k for k in classes if (mask[..., k] == 1).any()]
     counts = np.bincount(mask.ravel(), minlength=256)
     return [k for k in classes if counts[k]]
+
+# %% ../nbs/21_transforms.ipynb #c76288d7
+def chosen_classes(names: str | list[str | int],  # any: all but the background; or names, or positions in recipe.classes
+                   recipe,                        # has classes, task and data.ignore_index
+                   where: str,                    # the key that names them, for the message
+                  ) -> list[int]:                 # positions in recipe.classes
+    "The classes that `names` stands for; RecipeError if there is no such class"
+    n, known = len(recipe.classes), {name: k for k, name in enumerate(recipe.classes)}
+    if names == "any":
+        first = 1 if recipe.task == "multiclass" else 0
+        return [k for k in range(first, n) if recipe.task != "multiclass" or k != recipe.data.ignore_index]
+    for name in names:
+        if name not in known and name not in range(n): raise RecipeError(f"{where}: " + nearest(name, recipe.classes, "class"))
+    return [known.get(name, name) for name in names]
+
+def mask_numbers(classes: list[int],  # positions in recipe.classes
+                 task: str,
+                ) -> list[int]:       # values of a mask, or its labels
+    "How a mask says `classes`"
+    return [1] if task == "binary" else classes
 
 # %% ../nbs/21_transforms.ipynb #21894d00
 class ClassCrop(Windowed, BaseCrop):
