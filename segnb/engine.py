@@ -132,7 +132,7 @@ def batch_loss(loss: nn.Module,
     if "lam" not in batch: return value
     return batch["lam"] * value + (1 - batch["lam"]) * over_outputs(batch["mask_b"], batch.get("maps_b"))
 
-# %% ../nbs/34_engine.ipynb #f1768262
+# %% ../nbs/34_engine.ipynb #dc03dcc0
 @dataclass
 class Job:
     "All that a fit needs; the stage fills it from a run, a proof with a handful of tensors"
@@ -155,7 +155,7 @@ class Job:
     nodes: int = 1
     workers: int = 0
     mixer: Callable | None = None           # (batch, number of the batch, first=place within it) -> batch
-    tracker: object = None                  # log, picture, close: on the first process only
+    tracker: Callable | None = None         # (resumed) -> what has log, bars, picture and close; on the first process only
 
     @property
     def layout(self): return torch.channels_last if self.memory_format == "channels_last" else torch.contiguous_format
@@ -354,7 +354,7 @@ def gather_counts(found: list[tuple[int, np.ndarray]],   # (row, counts) of this
         found = [pair for part in everyone for pair in part]
     return np.stack([counts for _, counts in sorted(found, key=lambda pair: pair[0])])
 
-# %% ../nbs/34_engine.ipynb #4cff3ab4
+# %% ../nbs/34_engine.ipynb #91638b87
 class Averager:
     "A second set of the network's tensors, which takes the place of the first during validation"
     def __init__(self, job: Job, state: dict | None = None):
@@ -362,31 +362,35 @@ class Averager:
 
     def begin(self, module):
         "Take hold of the network's tensors, which are on their device by now"
-        self.current = [t.data for t in (*module.model.parameters(), *module.model.buffers())]
+        self.held = [*module.model.parameters(), *module.model.buffers()]
         self.average = [t.clone() for t in self.current]
         if self.state:
             self.n = self.state["n"]
             torch._foreach_copy_(self.average, [t.to(c.device) for t, c in zip(self.state["tensors"], self.current)])
         self.state = None
 
+    @property
+    def current(self) -> list[torch.Tensor]: return [t.data for t in self.held]
+
     def saved(self) -> dict: return {"n": self.n, "tensors": self.average}
 
     @torch.no_grad()
     def move(self, keep: float):
         "Average = `keep` · average + (1 − `keep`) · current; the first time it becomes what is current"
-        real = [t.is_floating_point() for t in self.current]
-        pick = lambda tensors, which: [t for t, r in zip(tensors, real) if r == which]
-        if self.n == 0: torch._foreach_copy_(self.average, self.current)
+        current = self.current
+        pick = lambda tensors, real: [t for t in tensors if t.is_floating_point() == real]
+        if self.n == 0: torch._foreach_copy_(self.average, current)
         else:
-            torch._foreach_lerp_(pick(self.average, True), pick(self.current, True), 1 - keep)
-            for a, c in zip(pick(self.average, False), pick(self.current, False)): a.copy_(c)
+            torch._foreach_lerp_(pick(self.average, True), pick(current, True), 1 - keep)
+            for a, c in zip(pick(self.average, False), pick(current, False)): a.copy_(c)
         self.n += 1
 
-# %% ../nbs/34_engine.ipynb #674fdd74
+# %% ../nbs/34_engine.ipynb #43e79dca
 @torch.no_grad()
 def _swap(self):
-    kept = [t.clone() for t in self.current]
-    torch._foreach_copy_(self.current, self.average)
+    current = self.current
+    kept = [t.clone() for t in current]
+    torch._foreach_copy_(current, self.average)
     torch._foreach_copy_(self.average, kept)
 
 def _enter(self, module):
@@ -478,7 +482,7 @@ def plain_mask(probs: np.ndarray, task: str) -> np.ndarray:
     if task == "multiclass": return probs.argmax(0).astype(np.uint8)
     return (probs[0] > 0.5).astype(np.uint8) if task == "binary" else (probs > 0.5).astype(np.uint8).transpose(1, 2, 0)
 
-# %% ../nbs/34_engine.ipynb #b4e783bc
+# %% ../nbs/34_engine.ipynb #44b2f06f
 class Keeper(Callback):
     "Scores, files, progress and early stopping of a fit"
     def __init__(self, job: Job, state: dict | None = None, averager: Averager | None = None):
@@ -486,7 +490,8 @@ class Keeper(Callback):
         kept = (state or {}).get("keeper", {})
         self.rows, self.best, self.best_epoch = kept.get("rows", []), kept.get("best"), kept.get("best_epoch")
         self.within, self.scaler = kept.get("within"), (state or {}).get("scaler")   # within: an epoch that was cut in two
-        self.score, self.counts, self.ended = {}, None, None
+        self.score, self.counts, self.ended, self.resumed = {}, None, None, state is not None
+        self.tracker = job.tracker(self.resumed) if job.tracker and job.first_process and not self.done else None
 
     @property
     def scores(self) -> list[float]:
@@ -556,7 +561,7 @@ def _validated(self, trainer, module):
 
 Keeper.on_validation_epoch_start, Keeper.on_validation_epoch_end = _validation_start, _validated
 
-# %% ../nbs/34_engine.ipynb #c18b651c
+# %% ../nbs/34_engine.ipynb #06d974fa
 def _epoch_end(self, trainer, module):
     self.rows.append(self.row(trainer, module) | self.score)
     module.scores = self.scores
@@ -583,10 +588,16 @@ def _row(self, trainer, module):
                 seconds=round(seconds, 2), images_per_s=round(plan.batches * plan.batch_size / seconds, 1), waited=round(self.waited / seconds, 4))
 
 Keeper.on_train_epoch_end, Keeper.keep_last, Keeper.row = _epoch_end, _keep_last, _row
-Keeper.on_train_end = lambda self, trainer, module: self.bar.close()
-Keeper.on_exception = lambda self, trainer, module, error: self.bar.close() if hasattr(self, "bar") else None
 
-# %% ../nbs/34_engine.ipynb #dbabf99e
+# %% ../nbs/34_engine.ipynb #850dc110
+def _close(self, *_):
+    "Also when the fit is cut short: a tracker that is not told shows it as running"
+    if hasattr(self, "bar"): self.bar.close()
+    if self.tracker: self.tracker.close()
+
+Keeper.on_train_end = Keeper.on_exception = _close
+
+# %% ../nbs/34_engine.ipynb #ff3fc2b6
 def _write_rows(self):
     with atomic_path(self.folder / "metrics.csv") as part: pd.DataFrame(self.rows).to_csv(part, index=False)
 
@@ -594,17 +605,17 @@ def _tell(self, trainer, module):
     "To the bar, and to the tracker: loss, rates, speed, score and that of each class, and a few validation pictures"
     row, recipe = self.rows[-1], self.job.recipe
     self.bar.set_postfix({k: f"{row[k]:.4g}" for k in ("loss", "score") if row.get(k) is not None})
-    if not self.job.tracker: return
+    if not self.tracker: return
     values = {k: float(v) for k, v in row.items() if k not in ("epoch", "step") and v is not None}
     values["lr_encoder"] = trainer.optimizers[0].param_groups[0]["lr"]
+    self.tracker.log(row["step"], values)
     if self.counts is not None:
-        each = class_scores(self.counts, over="dataset", **{k: v for k, v in recipe.metric.model_dump().items() if k != "over"})
-        values |= {f"score/{name}": float(v) for name, v in zip(recipe.classes, each)}
-    self.job.tracker.log(row["step"], values)
+        each = class_scores(self.counts, **{**recipe.metric.model_dump(), "over": "dataset"})
+        self.tracker.bars(row["step"], "score", dict(zip(recipe.classes, each.tolist())))
     for at, image, mask, probs in module.shown:
         rgb, colors = to_rgb(image, recipe.data.scale), class_colors(recipe.n_classes)
         pair = [overlay(rgb, m, colors) for m in (mask, plain_mask(probs, recipe.task))]
-        self.job.tracker.picture(row["step"], str(self.job.ids[at]) if at < len(self.job.ids) else str(at), np.concatenate(pair, 1))
+        self.tracker.picture(row["step"], str(self.job.ids[at]) if at < len(self.job.ids) else str(at), np.concatenate(pair, 1))
 
 Keeper.write_rows, Keeper.tell = _write_rows, _tell
 
