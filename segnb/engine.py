@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['THRESHOLDS', 'RESULTS', 'Plan', 'Share', 'FitBatches', 'to_target', 'batch_loss', 'Job', 'Watch', 'save_culprit',
            'FitModule', 'part_weight', 'image_counts', 'best_score', 'WholeImages', 'as_list', 'valid_loader',
-           'out_of_memory', 'in_halves', 'sync_buffers', 'gather_counts', 'Averager', 'ema_decay', 'Ema', 'Swa',
-           'recompute_statistics', 'statistics_batches', 'build_averager', 'read_checkpoint', 'candidate', 'promote',
-           'clear', 'save_weights', 'plain_mask', 'Keeper', 'make_trainer', 'train_job']
+           'out_of_memory', 'in_halves', 'sync_buffers', 'gather_counts', 'SharedNorm', 'share_norms', 'Averager',
+           'ema_decay', 'Ema', 'Swa', 'recompute_statistics', 'statistics_batches', 'build_averager', 'read_checkpoint',
+           'candidate', 'promote', 'clear', 'save_weights', 'plain_mask', 'Keeper', 'make_trainer', 'train_job']
 
-# %% ../nbs/34_engine.ipynb #2c101628
+# %% ../nbs/34_engine.ipynb #1e8d59e1
 import json, logging, math, time, warnings
 from collections import deque
 from contextlib import contextmanager
@@ -26,6 +26,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from safetensors.torch import save
 from torch import nn
+from torch.distributed.nn.functional import all_reduce as all_sum
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
@@ -193,13 +194,14 @@ def save_culprit(job: Job, batch: dict, where: dict) -> str:
             f"{', '.join(ids[:8])}{' …' if len(ids) > 8 else ''}. The batch is kept in {path}. Lower optim.lr, set optim.clip or optim.schedule.warmup_epochs, "
             "or set train.precision to fp32; the last checkpoint before it is kept.")
 
-# %% ../nbs/34_engine.ipynb #7f2bf282
+# %% ../nbs/34_engine.ipynb #9f52da24
 class FitModule(L.LightningModule):
     "One network in training: the loss of each part of a batch, the counts of each validation image, and where the fit stands"
     def __init__(self, job: Job, state: dict | None = None):   # state: a checkpoint
         super().__init__()
         self.job, self.recipe, self.loss = job, job.recipe, job.loss
         self.model = job.network(state is None).to(memory_format=job.layout)
+        if job.share.world > 1 and job.device.type != "cuda": share_norms(self.model)
         if state: self.model.load_state_dict(state["model"])
         self.start, self.epoch = state, state["epoch"] if state else 0
         self.part = (state["step"] if state else 0) * self.parts_per_step   # parts of this epoch that are done
@@ -353,6 +355,31 @@ def gather_counts(found: list[tuple[int, np.ndarray]],   # (row, counts) of this
         torch.distributed.all_gather_object(everyone, found)
         found = [pair for part in everyone for pair in part]
     return np.stack([counts for _, counts in sorted(found, key=lambda pair: pair[0])])
+
+# %% ../nbs/34_engine.ipynb #329c4ea6
+class SharedNorm(nn.BatchNorm2d):
+    "BatchNorm over the images of all processes"
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training or not torch.distributed.is_initialized(): return super().forward(x)
+        wide, shape = x.float(), (1, -1, 1, 1)
+        count = torch.tensor(float(x.numel() // x.shape[1]))
+        torch.distributed.all_reduce(count)
+        mean = all_sum(wide.sum((0, 2, 3))) / count
+        var = all_sum((wide - mean.view(shape)).square().sum((0, 2, 3))) / count
+        if self.track_running_stats: self._remember(mean.detach(), var.detach() * count / (count - 1).clamp(min=1))
+        out = (wide - mean.view(shape)) * (var + self.eps).rsqrt().view(shape)
+        return (out * self.weight.view(shape) + self.bias.view(shape) if self.affine else out).to(x.dtype)
+
+    @torch.no_grad()
+    def _remember(self, mean, var):
+        self.num_batches_tracked += 1
+        share = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean, share); self.running_var.lerp_(var, share)
+
+def share_norms(model: nn.Module):
+    "Let the BatchNorm layers of `model` count over all processes; names and tensors stay"
+    for m in model.modules():
+        if type(m) is nn.BatchNorm2d: m.__class__ = SharedNorm
 
 # %% ../nbs/34_engine.ipynb #91638b87
 class Averager:
