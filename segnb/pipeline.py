@@ -65,8 +65,8 @@ STAGES = {stage.name: stage for stage in (
     Stage("submit", "50_submit", ("check", "ensemble"), "task classes data metric submit", "test", "submission.*"),
 )}
 
-# %% ../nbs/09_pipeline.ipynb #26ca58d5
-WITHOUT_EFFECT = {"data": ("root", "cache"), "train": ("workers",)}
+# %% ../nbs/09_pipeline.ipynb #49f39b65
+WITHOUT_EFFECT = {"data": ("root", "cache"), "train": ("workers", "checkpoint_minutes")}
 
 def stage_names() -> list[str]:
     "Stages as the command line names them, in order"
@@ -130,7 +130,7 @@ class RunFolder:
         "image_id and fold of each training row; -1: in none"
         return pd.read_csv(self.path("folds.csv"), dtype={"image_id": str}, keep_default_na=False)
 
-# %% ../nbs/09_pipeline.ipynb #1065a4bb
+# %% ../nbs/09_pipeline.ipynb #7e039cf9
 class Run(RunFolder):
     "A run as its stages see it"
     @cached_property
@@ -148,7 +148,7 @@ class Run(RunFolder):
         run_missing(self, stage)
 
     def decide(self, model: str, **decisions):
-        "Write what a probe found for `model` (precision, memory_format, steps) into the recipe, to be repeated from there"
+        "Write what was found for `model` (some of `DECISIONS`) into the recipe, to be repeated from there"
         record_decisions(self, model, decisions)
 
     def key(self, stage: str, model: str = "", fold: int = 0) -> str:
@@ -170,15 +170,15 @@ def edit_manifest(folder: str | Path) -> Iterator[dict]:
     yield manifest
     write_json(Path(folder) / "manifest.json", manifest)
 
-# %% ../nbs/09_pipeline.ipynb #2814d946
-DECISIONS = ("precision", "memory_format", "steps")
+# %% ../nbs/09_pipeline.ipynb #f597f0db
+DECISIONS = ("precision", "memory_format", "compile", "split", "steps")
 
 def basis(asked: Recipe, model: str) -> str:
     "A hash of what a decision for `model` is based on"
     return sha256_text(json.dumps(recipe_parts(asked, STAGES["train"], model) | {"folds": asked.folds.model_dump(mode="json")}, sort_keys=True))
 
 def with_decisions(asked: Recipe,      # a recipe without decisions
-                   decisions: dict,    # model -> {basis, precision, memory_format, steps}
+                   decisions: dict,    # model -> {basis, and some of DECISIONS}
                   ) -> Recipe:
     "`asked` with the decisions that still hold; what the user states wins"
     models = []
