@@ -142,11 +142,11 @@ def neighbours(folder: Path) -> list[Path]:
     "Run folders beside `folder`"
     return sorted(p.parent for p in folder.parent.glob("*/manifest.json") if p.parent != folder)
 
-# %% ../nbs/80_sweep.ipynb #2182aba4
+# %% ../nbs/80_sweep.ipynb #680972e7
 def fold_scores(recipe: Recipe, folder: str | Path, *,
                 stage: str = "train",     # train: scores of the fits' validations; ensemble: out-of-fold scores of the ensemble
                 show: bool = True,        # pass on what the notebooks print
-               ) -> Iterator[tuple[int, float]]:  # fold, score
+               ) -> Iterator[tuple[int, float, int]]:  # fold, score, folds that come after it
     "Make the run in `folder`, or what is missing of it, fold by fold"
     folder = Path(folder).resolve()
     asked = folder.parent / ".recipes" / f"{folder.name}.yaml"
@@ -154,13 +154,13 @@ def fold_scores(recipe: Recipe, folder: str | Path, *,
     run = open_run(asked, folder)
     carry_out(run, ["check", "folds"], neighbours(folder), show=show)
     folds = sorted({t.fold for t in stage_tasks(run, STAGES["train"])})
-    for fold in folds:
+    for place, fold in enumerate(folds, 1):
         carry_out(run, ["train"], neighbours(folder), fold=fold, show=show)
-        if stage == "train": yield fold, fit_score(run, fold)
+        if stage == "train": yield fold, fit_score(run, fold), len(folds) - place
     if stage != "ensemble": return
     carry_out(run, ["ensemble"], neighbours(folder), show=show)
     card = read_json(run.path("scores.json"))["ensemble"] or {"folds": {}}
-    yield from ((int(fold), _number(score, run)) for fold, score in card["folds"].items())
+    for place, (fold, score) in enumerate(card["folds"].items(), 1): yield int(fold), _number(score, run), len(folds) - place
 
 # %% ../nbs/80_sweep.ipynb #54cec594
 def fit_score(run: RunFolder, fold: int) -> float:
@@ -242,7 +242,7 @@ def _worker(work, arguments, share, parent, errors):
         errors.put((kind, str(error) if isinstance(error, SegnbError) else f"{type(error).__name__}: {error}"))
         sys.exit(1)
 
-# %% ../nbs/80_sweep.ipynb #87e98d4c
+# %% ../nbs/80_sweep.ipynb #f6cd85b9
 def run_cells(recipe: str | Path, overrides: dict, cells: Sequence[Cell], out: Path, stage: str,
               began: float,           # when the command was started: what another process has done since is not done again
               show: bool = True,
@@ -258,7 +258,7 @@ def run_cells(recipe: str | Path, overrides: dict, cells: Sequence[Cell], out: P
 
 def run_cell(recipe: Recipe, folder: Path, stage: str, show: bool, scores: Callable) -> dict:  # folds, error
     "The scores of a cell, or its error"
-    try: return {"folds": {str(fold): score for fold, score in scores(recipe, folder, stage=stage, show=show)}, "error": None}
+    try: return {"folds": {str(fold): score for fold, score, _ in scores(recipe, folder, stage=stage, show=show)}, "error": None}
     except SegnbError as error:
         text = " ".join(str(error).split())
         print(f"{folder.name}  FAILED: {text}", flush=True)
@@ -275,7 +275,7 @@ def collect(cells: Sequence[Cell], out: Path) -> tuple[pd.DataFrame, dict[str, s
         rows += [dict(point=points.index(cell.point), seed=cell.seed, fold=int(k), score=s) for k, s in result["folds"].items()]
     return pd.DataFrame(rows, columns=["point", "seed", "fold", "score"]), errors
 
-# %% ../nbs/80_sweep.ipynb #79092699
+# %% ../nbs/80_sweep.ipynb #43eced61
 def summary(scores: pd.DataFrame) -> pd.DataFrame:   # point, mean, folds, seeds, n; best first
     "Mean of each point; standard deviation over the folds of a seed (all seeds together), and over the means of the seeds"
     rows = []
@@ -283,7 +283,7 @@ def summary(scores: pd.DataFrame) -> pd.DataFrame:   # point, mean, folds, seeds
         by_seed = own.groupby("seed").score
         within = by_seed.var(ddof=1).mean()            # nan with one fold
         rows.append(dict(point=int(point), mean=own.score.mean(), folds=math.sqrt(within), seeds=by_seed.mean().std(ddof=1), n=len(own)))
-    return pd.DataFrame(rows, columns=["point", "mean", "folds", "seeds", "n"]).sort_values("mean", ascending=False, ignore_index=True)
+    return pd.DataFrame(rows, columns=["point", "mean", "folds", "seeds", "n"]).sort_values("mean", ascending=False, ignore_index=True, kind="stable")
 
 # %% ../nbs/80_sweep.ipynb #5c4da72e
 def compare(a: pd.DataFrame, b: pd.DataFrame,   # seed, fold, score of two points
@@ -305,7 +305,7 @@ def all_pairs(scores: pd.DataFrame, order: Sequence[int], n_folds: int) -> pd.Da
     columns = ["better", "worse", "difference", "spread", "low", "high", "pairs", "verdict"]
     return pd.DataFrame([dict(better=a, worse=b, **compare(of[a], of[b], n_folds)) for a, b in itertools.combinations(order, 2)], columns=columns)
 
-# %% ../nbs/80_sweep.ipynb #1a63925b
+# %% ../nbs/80_sweep.ipynb #124dd70e
 HOW = ("Each point is compared with the best over {pairs} pairs (the same seed, fold and held-out images). larger: the mean difference exceeds the standard deviation of the "
        "paired differences; clear: its 95 % interval, widened for folds that share training images, leaves zero out; within: neither. folds, seeds: standard "
        "deviations over folds of a seed and over means of seeds. Scores: {what}.")
@@ -321,7 +321,7 @@ def sweep_text(table: pd.DataFrame, pairs: pd.DataFrame, points: Sequence[dict],
     to_best = {int(p.worse): p for p in pairs.itertuples() if p.better == best}
     for row in table.itertuples():
         pair = to_best.get(int(row.point))
-        gap, verdict = (f"{number(-pair.difference, '+')} ± {number(pair.spread)}", pair.verdict) if pair else ("", "best")
+        gap, verdict = (f"{number(0.0 - pair.difference, '+')} ± {number(pair.spread)}", pair.verdict) if pair else ("", "best")
         head = f"{number(row.mean):>7} {number(row.folds):>7} {number(row.seeds):>7} {row.n:3d}  {gap:>18}  {verdict:8}  "
         text = "  ".join(f"{k}={value_text(v)}" for k, v in points[int(row.point)].items()) or "the recipe as it is"
         wrapped = textwrap.wrap(text, max(20, width - len(head)), break_on_hyphens=False)
@@ -350,7 +350,7 @@ def sweep_figure(scores: pd.DataFrame, table: pd.DataFrame, points: Sequence[dic
     ax.set(yticks=[place[int(p)] for p in table.point], yticklabels=names, ylim=(-0.6, len(table) - 0.4), xlabel=f"{metric}; dots: folds and seeds")
     return fig
 
-# %% ../nbs/80_sweep.ipynb #86a58733
+# %% ../nbs/80_sweep.ipynb #f14826b0
 @dataclass
 class SweepResult:
     "What a sweep found"
@@ -365,7 +365,7 @@ class SweepResult:
 def sweep(recipe: str | Path, grid: Mapping[str, list], seeds: Sequence[int], out: str | Path, *,
           overrides: dict | None = None,
           jobs: int = 1,
-          scores: Callable = fold_scores,   # makes a run and yields (fold, score)
+          scores: Callable = fold_scores,   # makes a run and yields its folds' scores
          ) -> SweepResult:
     "Run every point of `grid` with every seed; finished cells are reused, failed ones reported. Tables and a figure go to `out`"
     out, overrides, began = Path(out).expanduser().resolve(), overrides or {}, time.time()
