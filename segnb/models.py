@@ -136,7 +136,7 @@ def take_out(net: nn.Module, names: list[str]):
         parent, _, last = name.rpartition(".")
         setattr(net.get_submodule(parent), last, nn.Identity())
 
-# %% ../nbs/07_models.ipynb #ebed97ac
+# %% ../nbs/07_models.ipynb #af84d837
 def native_size(encoder: str, encoder_options: dict) -> tuple[int, int] | None:
     "The picture size that a timm network is made for, where it is made for one"
     config = timm.get_pretrained_cfg(encoder[3:]) if encoder.startswith("tu-") else None
@@ -150,7 +150,9 @@ def _with_encoder(make, encoder, extra):
         try: return make(**{"dynamic_img_size": True} | extra)
         except TypeError: pass                    # this one cannot
     try: return make(**extra)
-    except TypeError as error: raise RecipeError(f"encoder_options {extra} of {encoder}: {error}") from None
+    except TypeError as error:
+        if not extra: raise
+        raise RecipeError(f"encoder_options {extra} of {encoder}: {error}") from None
 
 # %% ../nbs/07_models.ipynb #661eb22b
 class PatchConv2d(nn.Conv2d):
@@ -199,7 +201,7 @@ class SegModel(nn.Module):
             raise RecipeError(f"This encoder is made for pictures of {a}x{b} and was given {h}x{w}: set augment.size and predict.size (or predict.window) to {a}, or make "
                               f"it for another size by the model's options: encoder_options: {{img_size: {h}}}. ({' '.join(str(error).split())[:100]})") from error
 
-# %% ../nbs/07_models.ipynb #71a6df8a
+# %% ../nbs/07_models.ipynb #2e5a4046
 def build_model(arch: str,                 # a name in `ARCHS`
                 encoder: str,              # an smp encoder, or tu-<timm name>
                 *,
@@ -216,7 +218,7 @@ def build_model(arch: str,                 # a name in `ARCHS`
     check_names(arch, encoder := timm_name(encoder))
     before = Stem(stem := stem_options(stem), in_channels)
     options, dropout = _place_dropout(arch, check_options(arch, options), dropout)
-    try: net = make_net(arch, encoder, before.out_channels, n_classes, options, stem, dropout, encoder_options)
+    try: net = _on_meta_too(lambda: make_net(arch, encoder, before.out_channels, n_classes, options, stem, dropout, encoder_options))
     except (KeyError, ValueError, NotImplementedError, AssertionError, RuntimeError, TypeError) as error:
         raise RecipeError(f"{arch} with encoder {encoder} cannot be built: {' '.join(str(error).split())[:300]}") from None
     if weights is not None:
@@ -227,7 +229,14 @@ def build_model(arch: str,                 # a name in `ARCHS`
     return SegModel(net, zeros if mean is None else mean, ones if std is None else std, side_multiple(net), before if stem.means or stem.adapter else None,
                     native_size(encoder, encoder_options or {}), least_side(net))
 
-# %% ../nbs/07_models.ipynb #de181712
+# %% ../nbs/07_models.ipynb #e3ea0eab
+def _on_meta_too(make):
+    "Build a network; on the meta device, where a recipe is checked, one that computes with numbers while it is built is built on the processor"
+    try: return make()
+    except (RuntimeError, NotImplementedError):
+        if torch.get_default_device().type != "meta": raise
+    with torch.device("cpu"): return make().to("meta")
+
 def _place_dropout(arch, options, dropout):
     "Dropout as the architecture's own option, or as ours: (options, ours)"
     if dropout is None: return options, 0.0

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WRAPPERS', 'BEFORE', 'read_weights', 'bare_name', 'match_names', 'timm_name', 'fit_weights', 'input_filters',
-           'load_encoder', 'by_timm', 'hub_source', 'fetch_weights']
+           'load_encoder', 'by_timm', 'hub_source', 'is_published', 'fetch_weights']
 
 # %% ../nbs/07_weights.ipynb #6ab6d4ff
 import re
@@ -110,7 +110,13 @@ def hub_source(encoder: str, published: str = "imagenet") -> tuple[str, str | No
     if published not in known: raise RecipeError(f"encoder_weights of {encoder}: " + nearest(published, known, "published weights"))
     return known[published]["repo_id"], known[published].get("revision"), ["model.safetensors"]
 
-# %% ../nbs/07_weights.ipynb #9df3ca3a
+# %% ../nbs/07_weights.ipynb #6cc79575
+def is_published(repo: str, name: str, revision: str | None) -> bool:
+    "Whether the hub has a file, asked once; an error without a network comes at once, where a download tries again for half a minute"
+    url = huggingface_hub.hf_hub_url(repo, name, revision=revision)
+    return huggingface_hub.get_session().head(url, timeout=10).status_code < 400
+
+# %% ../nbs/07_weights.ipynb #3142356f
 def fetch_weights(encoder: str,                     # an smp encoder, or tu-<timm name>
                   published: str = "imagenet",      # or another name of smp's; cache: imagenet, without asking the network
                   cache: str | Path | None = None,  # None: huggingface_hub's own
@@ -118,10 +124,14 @@ def fetch_weights(encoder: str,                     # an smp encoder, or tu-<tim
     "Published weights of an encoder from the cache, else from the hub. `RecipeError` says which file would do instead"
     offline, reason = published == "cache", ""
     repo, revision, names = hub_source(encoder, "imagenet" if offline else published)
-    for local in (True,) if offline else (True, False):
-        for name in names:
-            try: return Path(huggingface_hub.hf_hub_download(repo, name, revision=revision, cache_dir=cache, local_files_only=local))
-            except Exception as error: reason = "" if local else f" and could not be downloaded ({type(error).__name__})"
+    fetch = lambda name, local: Path(huggingface_hub.hf_hub_download(repo, name, revision=revision, cache_dir=cache, local_files_only=local))
+    for name in names:
+        try: return fetch(name, True)
+        except Exception: pass                                     # not in the cache
+    try:
+        for name in [] if offline else names:
+            if is_published(repo, name, revision): return fetch(name, False)
+    except Exception as error: reason = f" and could not be downloaded ({type(error).__name__})"
     raise RecipeError(_no_weights(encoder, repo, revision, names[0], Path(cache or constants.HF_HUB_CACHE), reason))
 
 # %% ../nbs/07_weights.ipynb #d6b5f961
