@@ -211,7 +211,7 @@ def sweep(recipe: RecipeName,
     print(f"\n{result.text(shutil.get_terminal_size().columns)}\n\n{out}: sweep.csv, pairs.csv, scores.csv, sweep.png")
     if result.errors: raise typer.Exit(1)
 
-# %% ../nbs/90_cli.ipynb #75a14f6b
+# %% ../nbs/90_cli.ipynb #3e67852d
 @command
 def tune(recipe: RecipeName,
          out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the study; the same command continues it.")],
@@ -224,7 +224,7 @@ def tune(recipe: RecipeName,
     for example in examples(recipe, chosen): prove_choices(example)
     result = run_tune(recipe, out, trials, overrides=chosen, jobs=jobs)
     print(f"\n{result.text(shutil.get_terminal_size().columns)}")
-    if not result.best: raise typer.Exit(1)
+    if result.best is None: raise typer.Exit(1)
     print(f"\n{out}: trials.csv, history.png, importance.png, parallel.png; next: segnb run {out / 'best.yaml'} --out RUN")
 
 # %% ../nbs/90_cli.ipynb #642cc6d4

@@ -96,7 +96,7 @@ def cell_recipe(recipe: str | Path, overrides: dict,
     made = load_recipe(recipe, {**overrides, **point, **({} if seed is None else {"seed": seed})})
     return made.model_copy(update={"tune": Tune()})
 
-# %% ../nbs/80_sweep.ipynb #0752918f
+# %% ../nbs/80_sweep.ipynb #be9e37d9
 def borrow(run: Run, task: Task, parts: dict,
            lenders: Sequence[Path],   # run folders
           ) -> str:                   # the run that lent its results; "": none could
@@ -123,9 +123,9 @@ def _link(source, target):
 
 def _same_decisions(run, task, folder):
     "What the lender's probe decided about the model holds here too, if it would be asked the same"
-    made = read_manifest(folder)["decisions"].get(task.model, {})
-    asked = Recipe.model_validate(read_manifest(run.folder)["requested"])
-    if task.model and made.get("basis") == basis(asked, task.model): record_decisions(run, task.model, {k: v for k, v in made.items() if k != "basis"})
+    made = read_manifest(folder)["decisions"].get(task.model)
+    if made and made["basis"] == basis(Recipe.model_validate(read_manifest(run.folder)["requested"]), task.model):
+        record_decisions(run, task.model, {k: v for k, v in made.items() if k != "basis"})
 
 # %% ../nbs/80_sweep.ipynb #8ec22b78
 def carry_out(run: Run, stages: Sequence[str], lenders: Sequence[Path], *, fold: int | None = None, show: bool = True):

@@ -75,14 +75,14 @@ def examples(recipe: str | Path, overrides: dict) -> list[Recipe]:
     for key, value in ends: cell_recipe(recipe, overrides, {key: value})
     return [cell_recipe(recipe, overrides, {}), *(cell_recipe(recipe, overrides, {key: value}) for key, value in values)]
 
-# %% ../nbs/81_tune.ipynb #5b3e2fff
+# %% ../nbs/81_tune.ipynb #fcfbd8b3
 class SeededTPE(BaseSampler):
     "A TPE sampler that starts afresh, with a seed of its own, for every trial"
     def __init__(self, seed: int, startup: int): self.seed, self.startup, self.inner = seed, startup, None
 
     def before_trial(self, study, trial):
         number = np.random.SeedSequence([self.seed, trial.number]).generate_state(1)[0]
-        self.inner = optuna.samplers.TPESampler(seed=int(number), n_startup_trials=self.startup)
+        self.inner = optuna.samplers.TPESampler(seed=int(number), n_startup_trials=self.startup, constant_liar=True)   # trials under way count as poor
         self.inner.before_trial(study, trial)
 
     def infer_relative_search_space(self, study, trial): return self.inner.infer_relative_search_space(study, trial)
@@ -231,12 +231,12 @@ def history_figure(table: pd.DataFrame, metric: str) -> tuple[Figure, pd.DataFra
     ax.legend(loc="lower right")
     return fig, shown
 
-# %% ../nbs/81_tune.ipynb #454a7a1c
+# %% ../nbs/81_tune.ipynb #1b7f910a
 def importances(study) -> pd.DataFrame:   # key, importance; most important first
     "The share of each key; empty where fewer than two trials, or all alike, went through"
     done = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
     if len(done) < 2 or len({t.value for t in done}) < 2: return pd.DataFrame(columns=["key", "importance"])
-    found = optuna.importance.get_param_importances(study, evaluator=optuna.importance.PedAnovaImportanceEvaluator())
+    found = optuna.importance.get_param_importances(study, evaluator=optuna.importance.PedAnovaImportanceEvaluator(target_quantile=0.5))
     return pd.DataFrame(found.items(), columns=["key", "importance"])
 
 def importance_figure(table: pd.DataFrame) -> Figure:
@@ -248,7 +248,7 @@ def importance_figure(table: pd.DataFrame) -> Figure:
     ax.grid(axis="y", visible=False)
     return fig
 
-# %% ../nbs/81_tune.ipynb #ce09132a
+# %% ../nbs/81_tune.ipynb #c0384f13
 def axis_places(values: pd.Series, domain) -> tuple[np.ndarray, list[tuple[float, str]]]:  # places in 0..1, ticks
     "Where the values of one key stand on an upright axis; choices at equal distances"
     if isinstance(domain, list):
@@ -272,7 +272,7 @@ def parallel_figure(table: pd.DataFrame, space: Mapping, metric: str) -> tuple[F
     for k, line in enumerate(lines): ax.plot(range(len(columns)), line, color=colors[k], lw=0.8 + 1.4 * score[k], alpha=0.85)
     for i, (key, _, ticks) in enumerate(columns):
         ax.axvline(i, color="#9aa1ab", lw=0.8, zorder=0)
-        for at, text in ticks: ax.annotate(text, (i, at), xytext=(3, 0), textcoords="offset points", fontsize=7, va="center")
+        for at, text in ticks: ax.annotate(text, (i, at), xytext=(3, 0), textcoords="offset points", fontsize=7, va="center", bbox=dict(fc="white", ec="none", pad=0.6, alpha=0.75))
     ax.set(xticks=range(len(columns)), yticks=[], xlim=(-0.1, len(columns) - 0.4), ylim=(-0.06, 1.06))
     ax.set_xticklabels([label(key, 22) for key, *_ in columns])
     ax.grid(visible=False)
