@@ -28,7 +28,9 @@ setup(
     long_description=(here / "README.md").read_text("utf8"), long_description_content_type="text/markdown",
     packages=find_packages(include=["segnb", "segnb.*"]), package_data={"segnb": ["recipes/*.yaml"]},
     python_requires=f">={cfg['min_python']}",
-    install_requires=cfg["requirements"].split(), extras_require={"dev": cfg["dev_requirements"].split()},
+    install_requires=cfg["requirements"].split(),
+    extras_require={extra: [r for name in parts.split() for r in cfg[f"{name}_requirements"].split()]
+                    for extra, parts in {"track": "track", "tune": "tune", "dev": "dev track tune"}.items()},
     entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": ["segnb=segnb._modidx:d"]},
     cmdclass={"build_py": BuildWithNotebooks}, zip_safe=False,
 )

@@ -125,7 +125,7 @@ def check(recipe: RecipeName, settings: Settings = None, as_json: AsJson = False
     print(report.to_json() if as_json else report.table(width=min(shutil.get_terminal_size().columns, 120)))
     if not report.ok: raise typer.Exit(1)
 
-# %% ../nbs/90_cli.ipynb #8ffd0200
+# %% ../nbs/90_cli.ipynb #7c13949b
 def prove_choices(recipe):
     "`RecipeError` unless everything that the recipe names can be built"
     import torch
@@ -136,20 +136,21 @@ def prove_choices(recipe):
     from segnb.track import check_trackers
     check_trackers(recipe.track)
     try:
-        build_loss(recipe.loss.name, task=recipe.task, ignore_index=recipe.data.ignore_index, **recipe.loss.options)
+        build_loss(recipe.loss.name, task=recipe.task, ignore_index=recipe.data.ignore_index, n_classes=recipe.n_classes, **recipe.loss.options)
         build_schedule(recipe.optim.schedule, 10, 5)
         build_optimiser(torch.nn.Conv2d(1, 1, 1), recipe.optim)
         recipe_augment(recipe)
         with torch.device("meta"):
-            for m in recipe.models: build_model(m.arch, m.encoder, in_channels=3, n_classes=recipe.n_classes, **m.options)
+            for m in recipe.models: build_model(m.arch, m.encoder, in_channels=len(recipe.data.bands or "RGB"), n_classes=recipe.n_classes, **m.options)
         for path in weight_paths(recipe): open(path, "rb").close()
     except OSError as error: raise RecipeError(f"Recipe {recipe.name}: encoder_weights {error.filename}: {error.strerror}.") from None
     except (ValueError, TypeError) as error: raise RecipeError(f"Recipe {recipe.name}: {error}") from None
 
 def weight_paths(recipe) -> list[str]:
     "Files of encoder weights that the recipe names"
+    from segnb.recipe import weights_file
     named = {recipe.encoder_weights if m.encoder_weights == "recipe" else m.encoder_weights for m in recipe.models}
-    return sorted(named - {None, "imagenet"})
+    return sorted(str(weights_file(name)) for name in named if weights_file(name))
 
 # %% ../nbs/90_cli.ipynb #0eb121c6
 @command
