@@ -125,18 +125,19 @@ def check(recipe: RecipeName, settings: Settings = None, as_json: AsJson = False
     print(report.to_json() if as_json else report.table(width=min(shutil.get_terminal_size().columns, 120)))
     if not report.ok: raise typer.Exit(1)
 
-# %% ../nbs/90_cli.ipynb #7c13949b
+# %% ../nbs/90_cli.ipynb #55105972
 def prove_choices(recipe):
     "`RecipeError` unless everything that the recipe names can be built"
-    import torch
+    import numpy as np, torch
     from segnb.augment import recipe_augment
-    from segnb.losses import build_loss
+    from segnb.losses import balance, build_loss
     from segnb.models import build_model
     from segnb.optim import build_optimiser, build_schedule
     from segnb.track import check_trackers
     check_trackers(recipe.track)
     try:
-        build_loss(recipe.loss.name, task=recipe.task, ignore_index=recipe.data.ignore_index, n_classes=recipe.n_classes, **recipe.loss.options)
+        build_loss(recipe.loss.name, task=recipe.task, ignore_index=recipe.data.ignore_index, n_classes=recipe.n_classes,
+                   **balance(recipe.loss.options, np.ones(recipe.n_classes)))
         build_schedule(recipe.optim.schedule, 10, 5)
         build_optimiser(torch.nn.Conv2d(1, 1, 1), recipe.optim)
         recipe_augment(recipe)

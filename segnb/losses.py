@@ -13,7 +13,7 @@ __all__ = ['TASKS', 'LOSSES', 'NonNegative', 'Positive', 'Share', 'Smoothing', '
            'lovasz_softmax_loss', 'blur', 'ssim_values', 'odd', 'ssim_loss', 'boundary_loss', 'active_boundary_loss',
            'focal_dice_loss', 'focal_log_dice_loss', 'pixel_entropy', 'bce_dice_loss', 'ce_dice_loss', 'lovasz',
            'ce_lovasz_loss', 'ce_l1_loss', 'dice_topk_loss', 'ce_dice_ssim_loss', 'abl_ce_lovasz_loss', 'stack_maps',
-           'check_terms', 'WeightedSum']
+           'check_terms', 'WeightedSum', 'balanced_weights', 'asks_balance', 'balance']
 
 # %% ../nbs/08_losses.ipynb #1c1e412b
 import inspect
@@ -627,3 +627,24 @@ class WeightedSum(nn.Module):
                    for weight, term, part, n in zip(self.weights, self.terms, maps.split(counts, 1), counts))
 
 LOSSES["sum"] = Entry(WeightedSum, TASKS, {}, None)
+
+# %% ../nbs/08_losses.ipynb #7d3f80fe
+def balanced_weights(shares: np.ndarray,  # (C,) of the training pixels, not negative
+                     most: float = 5.0,   # no class counts more, none less than 1 over this
+                    ) -> list[float]:     # (C,); a class without a pixel counts 1
+    "Root of the median share over each class's own"
+    there = shares > 0
+    middle = np.median(shares[there]) if there.any() else 1.0
+    return [round(float(np.clip(np.sqrt(middle / share), 1 / most, most)), 4) if share else 1.0 for share in shares]
+
+# %% ../nbs/08_losses.ipynb #f89beae9
+def asks_balance(options: dict) -> bool:
+    "Does a loss with these options, or a term of it, want balanced class weights?"
+    return options.get("class_weights") == "balanced" or any(asks_balance(term) for term in options.get("terms", []))
+
+def balance(options: dict,        # of a loss
+            shares: np.ndarray,   # (C,) of the training pixels
+           ) -> dict:
+    "`options` with `class_weights: balanced` written out as numbers, in the terms of a sum too"
+    if options.get("class_weights") == "balanced": options = options | {"class_weights": balanced_weights(shares)}
+    return options | {"terms": [balance(term, shares) for term in options["terms"]]} if "terms" in options else options
