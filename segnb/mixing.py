@@ -101,10 +101,10 @@ def cut_mix(batch: dict, rng: Callable, *,
     there = inside[:, None] if mask.ndim == 4 else inside
     return changed(batch, torch.where(inside[:, None], image[order], image), torch.where(there, mask[order], mask))
 
-# %% ../nbs/22_mixing.ipynb #8ddb34fb
+# %% ../nbs/22_mixing.ipynb #73a52aa1
 def pixel_zoom(augment: A.Compose,
                shape: tuple[int, int],   # of an image
-               n: int = 5,               # draws
+               n: int = 21,              # draws
               ) -> float:
     "Sides of pixels of the image that a pixel of what `augment` makes covers: the median over some draws"
     moves = type(augment)([t for t in augment.transforms if not isinstance(t, A.ImageOnlyTransform)])
@@ -371,7 +371,7 @@ def build_mixing(recipe: Recipe,
         made.append(MIXERS[entry.name](recipe, pack, rows, **options))
     return Mixer(made, recipe.seed) if made else None
 
-# %% ../nbs/22_mixing.ipynb #0c2123d5
+# %% ../nbs/22_mixing.ipynb #28cca9d4
 def mixing_figure(pack,
                   rows: np.ndarray,      # to draw
                   recipe: Recipe,
@@ -383,10 +383,11 @@ def mixing_figure(pack,
     shown, titles = batch_pictures(batch, recipe), ["as drawn"] * len(rows)
     for entry in entries:
         alone = recipe.model_copy(update={"mixing": [type(entry)(**entry.model_dump() | {"p": 1})]})
-        try: mixed = build_mixing(alone, pack, trained)(batch, 0)
+        try: mix = build_mixing(alone, pack, trained)
         except (DataError, RecipeError):
             if recipe.mixing: raise
             continue                   # nothing to paste here, or a batch of one: nobody asked for it
+        mixed = min((mix(batch, step) for step in range(8)), key=lambda made: abs(made.get("lam", .5) - .5))   # a MixUp that shows
         shown += batch_pictures(mixed, recipe)
         titles += [entry.name + (f", lam {mixed['lam']:.2f}" if "lam" in mixed else "")] * len(rows)
     return picture_grid(shown, titles, len(rows), title="Mixing in the batch" + ("" if recipe.mixing else ": what there is, this recipe uses none"), size=1.5, **legend(recipe))

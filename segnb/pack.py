@@ -283,7 +283,7 @@ def cut(array: np.ndarray,                                 # (H, W) or (H, W, C)
     if not (0 <= y0 < y1 <= h and 0 <= x0 < x1 <= w): raise ValueError(f"window {window} (y0, x0, y1, x1) is not inside an image of {h}x{w}")
     return np.array(array[y0:y1, x0:x1])
 
-# %% ../nbs/04_pack.ipynb #dce8e16a
+# %% ../nbs/04_pack.ipynb #d29bbef1
 class Pack:
     "Images and masks by position in `samples`, decoded from their files at each call"
     def __init__(self, recipe: Recipe, samples: pd.DataFrame):
@@ -321,8 +321,7 @@ class Pack:
 
     def class_shares(self) -> np.ndarray:
         "(len(train), C) share of each class in the pixels of each training image"
-        read = lambda i: mask_shares(self.mask(i, bits=True), self.recipe)
-        shares = parallel_map(read, [int(i) for i in self.train], 2, desc="class shares")
+        shares = parallel_map(lambda i: mask_shares(self.mask(i, bits=True), self.recipe), self.train.tolist(), 2, desc="class shares")
         return np.array(list(shares)).reshape(-1, self.recipe.n_classes)
 
 # %% ../nbs/04_pack.ipynb #117bbded
