@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['ARCHS', 'BUNDLED', 'FIXED', 'U_SHAPED', 'register_arch', 'arch_options', 'check_names', 'check_options', 'make_net',
-           'native_size', 'SegModel', 'build_model', 'side_multiple']
+           'unused_modules', 'take_out', 'native_size', 'PatchConv2d', 'guard_patches', 'SegModel', 'build_model',
+           'side_multiple', 'least_side']
 
-# %% ../nbs/07_models.ipynb #49b8158a
+# %% ../nbs/07_models.ipynb #be444aa4
 import difflib, inspect, math
 from functools import partial
 from pathlib import Path
@@ -18,8 +19,9 @@ import torch.nn.functional as F
 from torch import nn
 from .files import RecipeError, nearest
 from .networks import FCN8s, HRNetOCR, UnetPlusPlus
+from .recipe import weights_file
 from .stems import StemOptions, Stem, drop_last_block, halve_head, keep_resolution, stem_options
-from .weights import fetch_weights, load_encoder, weights_file
+from .weights import fetch_weights, load_encoder, timm_name
 
 # %% ../nbs/07_models.ipynb #8e8ff939
 ARCHS = {name: getattr(smp, name) for name in ["Unet", "MAnet", "Linknet", "FPN", "PSPNet", "PAN", "DeepLabV3", "DeepLabV3Plus", "UPerNet", "Segformer", "DPT"]}
@@ -51,10 +53,11 @@ def arch_options(make: type | Callable) -> dict[str, inspect.Parameter]:
         if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()): break
     return found
 
-# %% ../nbs/07_models.ipynb #504c5870
+# %% ../nbs/07_models.ipynb #af6d7f70
 def check_names(arch: str, encoder: str):
     "`RecipeError` for an architecture or an encoder that does not exist"
     if arch not in ARCHS: raise RecipeError(nearest(arch, ARCHS, "arch"))
+    encoder = timm_name(encoder)
     if encoder.startswith("tu-"):
         name, _, tag = encoder[3:].partition(".")
         if not timm.is_model(name): raise RecipeError(_nearest_few(name, timm.list_models(), "tu-"))
@@ -85,7 +88,7 @@ def _decoder_channels(arch, options):
                           f"{depth} stages has {depth - 1} blocks: list {depth - 1}.")
     return options | {"decoder_channels": widths + widths[-1:]}
 
-# %% ../nbs/07_models.ipynb #11eecbe6
+# %% ../nbs/07_models.ipynb #5dca18ff
 U_SHAPED = ("Unet", "UnetPlusPlus", "MAnet")   # their last block has no skip
 
 def make_net(arch: str, encoder: str, in_channels: int, n_classes: int, options: dict, stem: StemOptions = StemOptions(), dropout: float = 0.0,
@@ -100,6 +103,9 @@ def make_net(arch: str, encoder: str, in_channels: int, n_classes: int, options:
         keep_resolution(_encoder_of(net, arch, "stem.stride"), in_channels, encoder)
         if arch in U_SHAPED: drop_last_block(net.decoder)
         halve_head(net)
+    inside = getattr(net, "encoder", None)
+    if getattr(inside, "_depth", 5) < 5 or hasattr(inside, "output_strides"):    # not all of it, or a whole vision transformer
+        take_out(net, unused_modules(net, in_channels, native_size(encoder, encoder_options or {}) or (64, 64)))
     if dropout:
         if not hasattr(net, "segmentation_head"): raise RecipeError(f"{arch} has no segmentation_head to put dropout before: leave the option dropout away.")
         net.segmentation_head = nn.Sequential(nn.Dropout2d(dropout), net.segmentation_head)
@@ -109,7 +115,28 @@ def _encoder_of(net, arch, wish):
     if not hasattr(net, "encoder"): raise RecipeError(f"{arch} has no encoder, which {wish} is about: leave it away, or keep the encoder in `self.encoder`.")
     return net.encoder
 
-# %% ../nbs/07_models.ipynb #ebed97ac
+# %% ../nbs/07_models.ipynb #f7fa6442
+def unused_modules(net: nn.Module, channels: int, size: tuple[int, int] = (64, 64)) -> list[str]:
+    "Names of the largest modules none of whose parameters any output depends on"
+    was, device = net.training, next(net.parameters()).device
+    names, parameters = zip(*net.named_parameters())
+    with torch.enable_grad():
+        out = net.eval()(torch.zeros(1, channels, *size, device=device))
+        idle = {n for n, g in zip(names, torch.autograd.grad(out.sum(), parameters, allow_unused=True)) if g is None}
+    net.train(was)
+    found = []
+    for name, module in net.named_modules():
+        inside = [f"{name}.{n}" for n, _ in module.named_parameters()]
+        if name and inside and idle.issuperset(inside) and not name.startswith(tuple(f"{f}." for f in found)): found.append(name)
+    return found
+
+def take_out(net: nn.Module, names: list[str]):
+    "Put nothing in the place of modules"
+    for name in names:
+        parent, _, last = name.rpartition(".")
+        setattr(net.get_submodule(parent), last, nn.Identity())
+
+# %% ../nbs/07_models.ipynb #af84d837
 def native_size(encoder: str, encoder_options: dict) -> tuple[int, int] | None:
     "The picture size that a timm network is made for, where it is made for one"
     config = timm.get_pretrained_cfg(encoder[3:]) if encoder.startswith("tu-") else None
@@ -123,14 +150,28 @@ def _with_encoder(make, encoder, extra):
         try: return make(**{"dynamic_img_size": True} | extra)
         except TypeError: pass                    # this one cannot
     try: return make(**extra)
-    except TypeError as error: raise RecipeError(f"encoder_options {extra} of {encoder}: {error}") from None
+    except TypeError as error:
+        if not extra: raise
+        raise RecipeError(f"encoder_options {extra} of {encoder}: {error}") from None
 
-# %% ../nbs/07_models.ipynb #cbb1cb7a
+# %% ../nbs/07_models.ipynb #661eb22b
+class PatchConv2d(nn.Conv2d):
+    "A convolution over patches side by side, which a processor does in float32 whatever autocast says"
+    def forward(self, x):
+        if x.device.type != "cpu": return super().forward(x)
+        with torch.autocast("cpu", enabled=False): return super().forward(x.float())
+
+def guard_patches(net: nn.Module):
+    "Make the patch convolutions of `net` `PatchConv2d`; names and weights stay"
+    for m in net.modules():
+        if type(m) is nn.Conv2d and m.kernel_size == m.stride and min(m.stride) > 2 and m.padding in ((0, 0), "valid"): m.__class__ = PatchConv2d
+
+# %% ../nbs/07_models.ipynb #6348df69
 class SegModel(nn.Module):
     "Images in stored units (B, C, H, W) → logits (B, n_classes, H, W) at the same size; in training perhaps a list of them"
-    def __init__(self, net: nn.Module, mean, std, stride: int = 32, stem: Stem | None = None, native: tuple[int, int] | None = None):
+    def __init__(self, net: nn.Module, mean, std, stride: int = 32, stem: Stem | None = None, native: tuple[int, int] | None = None, least: int = 0):
         super().__init__()
-        self.net, self.stride, self.stem, self.native = net, stride, stem, native
+        self.net, self.stride, self.stem, self.native, self.least = net, stride, stem, native, least
         self.register_buffer("mean", torch.as_tensor(mean, dtype=torch.float32).view(1, -1, 1, 1))
         self.register_buffer("std", torch.as_tensor(std, dtype=torch.float32).view(1, -1, 1, 1))
 
@@ -142,7 +183,7 @@ class SegModel(nn.Module):
         stored = stored.float()
         x = (stored - self.mean) / self.std
         if self.stem is not None: x = self.stem(x, stored)
-        bottom, right = -height % self.stride, -width % self.stride
+        bottom, right = [max(-side % self.stride, self.least - side) for side in (height, width)]
         if bottom or right: x = F.pad(x, (0, right, 0, bottom), mode="replicate")
         out = self.net(x) if self.native in (None, x.shape[-2:]) else self._other_size(x)
         several = isinstance(out, (list, tuple))
@@ -160,7 +201,7 @@ class SegModel(nn.Module):
             raise RecipeError(f"This encoder is made for pictures of {a}x{b} and was given {h}x{w}: set augment.size and predict.size (or predict.window) to {a}, or make "
                               f"it for another size by the model's options: encoder_options: {{img_size: {h}}}. ({' '.join(str(error).split())[:100]})") from error
 
-# %% ../nbs/07_models.ipynb #0f5ce5c2
+# %% ../nbs/07_models.ipynb #2e5a4046
 def build_model(arch: str,                 # a name in `ARCHS`
                 encoder: str,              # an smp encoder, or tu-<timm name>
                 *,
@@ -174,20 +215,28 @@ def build_model(arch: str,                 # a name in `ARCHS`
                 **options,                 # of the architecture: decoder_channels, encoder_depth, …
                ) -> SegModel:
     "A network by name. `RecipeError` for unknown names or options, and for weights that cannot be had"
-    check_names(arch, encoder)
+    check_names(arch, encoder := timm_name(encoder))
     before = Stem(stem := stem_options(stem), in_channels)
     options, dropout = _place_dropout(arch, check_options(arch, options), dropout)
-    try: net = make_net(arch, encoder, before.out_channels, n_classes, options, stem, dropout, encoder_options)
+    try: net = _on_meta_too(lambda: make_net(arch, encoder, before.out_channels, n_classes, options, stem, dropout, encoder_options))
     except (KeyError, ValueError, NotImplementedError, AssertionError, RuntimeError, TypeError) as error:
         raise RecipeError(f"{arch} with encoder {encoder} cannot be built: {' '.join(str(error).split())[:300]}") from None
     if weights is not None:
-        path = weights_file(weights) or fetch_weights(encoder, str(weights))
-        load_encoder(_encoder_of(net, arch, "encoder_weights"), path, stem, encoder)
+        inside = _encoder_of(net, arch, "encoder_weights")
+        load_encoder(inside, weights_file(weights) or fetch_weights(encoder, str(weights)), stem, encoder)
+    guard_patches(net)
     zeros, ones = [0.0] * in_channels, [1.0] * in_channels
     return SegModel(net, zeros if mean is None else mean, ones if std is None else std, side_multiple(net), before if stem.means or stem.adapter else None,
-                    native_size(encoder, encoder_options or {}))
+                    native_size(encoder, encoder_options or {}), least_side(net))
 
-# %% ../nbs/07_models.ipynb #c5de0ec6
+# %% ../nbs/07_models.ipynb #e3ea0eab
+def _on_meta_too(make):
+    "Build a network; on the meta device, where a recipe is checked, one that computes with numbers while it is built is built on the processor"
+    try: return make()
+    except (RuntimeError, NotImplementedError):
+        if torch.get_default_device().type != "meta": raise
+    with torch.device("cpu"): return make().to("meta")
+
 def _place_dropout(arch, options, dropout):
     "Dropout as the architecture's own option, or as ours: (options, ours)"
     if dropout is None: return options, 0.0
@@ -199,3 +248,7 @@ def side_multiple(net: nn.Module) -> int:
     encoder = getattr(net, "encoder", None)
     if hasattr(encoder, "output_strides"): return 2 * max(encoder.output_strides)
     return max(32, getattr(encoder, "output_stride", 32) or 32)
+
+def least_side(net: nn.Module) -> int:
+    "PAN pools the coarsest features three times more; other networks take any side"
+    return 8 * net.encoder.output_stride if isinstance(net, smp.PAN) else 0

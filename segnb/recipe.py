@@ -7,10 +7,11 @@ __all__ = ['Share', 'Size', 'FORMATS', 'AnyData', 'Choices', 'Domain', 'TRACKERS
            'Section', 'Named', 'Data', 'RleCsv', 'Coco', 'IndexPng', 'PolygonJson', 'Tiff', 'Metric', 'Folds',
            'Augment', 'Sampling', 'Model', 'Optim', 'Train', 'Predict', 'Ensemble', 'Postprocess', 'Submit', 'Span',
            'flat_space', 'Tune', 'Recipe', 'disagreements', 'parse_yaml', 'key_lines', 'merge', 'expand', 'overlay',
-           'bundled_recipes', 'recipe_text', 'load_recipe', 'explain_errors', 'to_yaml', 'save_recipe', 'recipe_hash']
+           'weights_file', 'bundled_recipes', 'recipe_text', 'load_recipe', 'explain_errors', 'to_yaml', 'save_recipe',
+           'recipe_hash']
 
-# %% ../nbs/00_recipe.ipynb #029ea5ee
-import json, re, typing
+# %% ../nbs/00_recipe.ipynb #e868bade
+import json, os, re, typing
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 import yaml
@@ -120,7 +121,7 @@ class Augment(Section):
     size: Size = (256, 256)      # what the network is trained on
     options: dict[str, Any] = {}
 
-# %% ../nbs/00_recipe.ipynb #4af3163d
+# %% ../nbs/00_recipe.ipynb #a72f747c
 class Sampling(Section):
     "Which training images are drawn, how often, and what their crops must show (room `23_sampling`)"
     classes: Literal["any"] | list[str | int] = "any"   # what counts here: all but the background, or these by name or number
@@ -135,8 +136,8 @@ class Model(Section):
     name: str = Field(pattern=r"^[\w.-]+$")
     arch: str = "Unet"
     encoder: str = "resnet34"
-    encoder_weights: str | None = "recipe"     # 'recipe': as the recipe says; else imagenet, null or a path
-    options: dict[str, Any] = {}               # of the architecture: decoder_channels, …
+    encoder_weights: str | None = "recipe"     # 'recipe': as the recipe says; else as there
+    options: dict[str, Any] = {}               # of the architecture (decoder_channels, …), and stem, dropout, encoder_options (room `07_models`)
     precision: Literal["fp32", "bf16", "fp16"] | None = None
     memory_format: Literal["contiguous", "channels_last"] | None = None
     steps: int | None = Field(None, gt=0)
@@ -248,14 +249,14 @@ class Tune(Section):
 # %% ../nbs/00_recipe.ipynb #63cc71cb
 TRACKERS = ("csv", "tensorboard", "wandb", "mlflow")
 
-# %% ../nbs/00_recipe.ipynb #44ff80d8
+# %% ../nbs/00_recipe.ipynb #58ecacd9
 class Recipe(Section):
     "Everything that decides a submission"
     name: str
     task: Literal["binary", "multiclass", "multilabel"]
     classes: list[str] = Field(min_length=1)             # multiclass: background first
     seed: int = Field(0, ge=0)
-    encoder_weights: str | None = "imagenet"             # imagenet, null, or a file of encoder weights
+    encoder_weights: str | None = "imagenet"             # imagenet or another published name (hub), cache (no network), null, or a file
     data: AnyData
     metric: Metric = Metric()
     folds: Folds = Folds()
@@ -398,7 +399,13 @@ def overlay(base: dict, top: dict) -> dict:
         top["models"] = entries
     return merge(base, top)
 
-# %% ../nbs/00_recipe.ipynb #f469787c
+# %% ../nbs/00_recipe.ipynb #6189620c
+def weights_file(source: str | Path | None) -> Path | None:
+    "The file that `encoder_weights` names; None where it is a name of published weights, or null"
+    text = str(source or "")
+    return Path(source) if Path(text).suffix or os.sep in text or "/" in text else None
+
+# %% ../nbs/00_recipe.ipynb #24026922
 PATHS = ["data.root", "data.cache", "folds.file", "encoder_weights"]
 
 def _absolute(layer, folder):
@@ -407,14 +414,14 @@ def _absolute(layer, folder):
         *path, last = dotted.split(".")
         section = layer
         for name in path: section = section.get(name) if isinstance(section, dict) else None
-        if isinstance(section, dict) and last in section: section[last] = _resolve(section[last], folder)
+        if isinstance(section, dict) and last in section: section[last] = _resolve(section[last], folder, last)
     models = layer.get("models")
     for model in models.values() if isinstance(models, dict) else models or []:
-        if isinstance(model, dict) and "encoder_weights" in model: model["encoder_weights"] = _resolve(model["encoder_weights"], folder)
+        if isinstance(model, dict) and "encoder_weights" in model: model["encoder_weights"] = _resolve(model["encoder_weights"], folder, "encoder_weights")
     return layer
 
-def _resolve(value, folder):
-    if not isinstance(value, (str, Path)) or value in ("imagenet", "recipe"): return value
+def _resolve(value, folder, key):
+    if not isinstance(value, (str, Path)) or (key == "encoder_weights" and not weights_file(value)): return value
     return str((Path(folder) / Path(value).expanduser()).resolve())
 
 # %% ../nbs/00_recipe.ipynb #2e7fff73

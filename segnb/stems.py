@@ -99,7 +99,7 @@ def band_means(x: torch.Tensor,       # (B, C, H, W) float
     total = torch.where(valid, x, 0).sum((2, 3), keepdim=True)
     return total / valid.sum((2, 3), keepdim=True).clamp(min=1)
 
-# %% ../nbs/07_stems.ipynb #7c3b6408
+# %% ../nbs/07_stems.ipynb #f211c9e5
 class Stem(nn.Module):
     "Normalised pictures (B, C, H, W) → what the encoder sees (B, `out_channels`, H, W)"
     def __init__(self, options: StemOptions, in_channels: int):
@@ -114,7 +114,7 @@ class Stem(nn.Module):
     def forward(self, x, stored):
         if self.means:
             valid = torch.ones_like(stored, dtype=torch.bool) if self.nodata is None else stored != self.nodata
-            x = torch.cat([x, band_means(x, valid).expand_as(x)], 1)
+            x = torch.cat([x, torch.zeros_like(x) + band_means(x, valid)], 1)     # a view by expand would lose channels_last
         return self.adapter(x)
 
 # %% ../nbs/07_stems.ipynb #0733bac1
@@ -129,7 +129,7 @@ def feature_sizes(encoder: nn.Module, channels: int, side: int = 64) -> list[int
     encoder.train(was)
     return sizes
 
-# %% ../nbs/07_stems.ipynb #389d0546
+# %% ../nbs/07_stems.ipynb #75100028
 def keep_resolution(encoder: nn.Module, channels: int, name: str):
     "Set the first stride of `encoder` to 1. `RecipeError` for one that has no such stride"
     refused = RecipeError(f"stem.stride 1 is for encoders that begin with a convolution of stride 2, and {name} does not: leave stem.stride away, or choose "
@@ -142,6 +142,7 @@ def keep_resolution(encoder: nn.Module, channels: int, name: str):
         after = feature_sizes(encoder, channels)
     except (RuntimeError, AssertionError, IndexError, ValueError, TypeError, AttributeError): raise refused from None
     if after[1:] != [2 * size for size in before[1:]]: raise refused
+    if hasattr(encoder, "_output_stride"): encoder._output_stride //= 2      # what smp's decoders and we ask
 
 # %% ../nbs/07_stems.ipynb #c431e817
 def halve_head(net: nn.Module):
