@@ -135,6 +135,44 @@ def test_memory_runs_out(start, monkeypatch, capsys, where):
     with pytest.raises(SegnbError, match="one image at a time"): train.fit_fold(run, "small", 1)
 
 
+class StopsAt(torch.nn.Module):
+    "The recipe's loss, which raises at call `n`"
+    def __init__(self, inner, n): super().__init__(); self.inner, self.n, self.maps = inner, n, inner.maps
+    def forward(self, *args):
+        self.n -= 1
+        if self.n == 0: raise KeyError("stopped")
+        return self.inner(*args)
+
+
+DOORS = {"models": [{"name": "small", "arch": "UnetPlusPlus", "encoder": "resnet18", "options": {"encoder_depth": 3, "decoder_channels": [16, 8, 8],
+                                                                                                 "deep_supervision": True}}],
+         "loss": {"name": "sum", "terms": [{"name": "dice"}, {"name": "boundary", "weight": .5}]}, "mixing": [{"name": "cutmix", "p": .5}, {"name": "mixup", "p": 1}],
+         "sampling": {"weights": {"name": "rare"}, "foreground": [1, 0]}, "train.ema": .9, "train.accumulate": 2, "train.batch_size": 2, "train.checkpoint_minutes": 1e-9,
+         "optim": {"name": "radam", "freeze_encoder": 1, "clip": .5, "encoder_lr_scale": .1, "schedule": {"name": "poly", "warmup_epochs": 1, "per": "epoch"}}}
+WITHOUT = {"models": [{**DOORS["models"][0], "options": {**DOORS["models"][0]["options"], "deep_supervision": False}}], "loss": {"name": "dice"}, "mixing": [],
+           "sampling": {"weights": None, "foreground": None}, "optim": {"freeze_encoder": 0}}
+
+
+def test_every_room_is_wired_and_survives_a_stop(start, monkeypatch):
+    "Deep supervision, distance maps, mixing and a sampling that changes from epoch to epoch, together: each matters, and a fit cut in the middle of them ends alike"
+    make = lambda name, **changed: start(name, **{k.replace(".", "__"): v for k, v in {**DOORS, **changed}.items()})
+    whole, cut, real, made = make("doors"), make("doors_cut"), train.build_loss, []
+    def fit(run, n):
+        monkeypatch.setattr(train, "build_loss", lambda *args, **options: made.append(StopsAt(real(*args, **options), n)) or made[-1])
+        train.fit_fold(run, "small", 0)
+    fit(whole, 10**6)
+    calls = 10**6 - made[-1].n   # several a batch: MixUp and each output have their own
+    for n in (calls // 3, calls // 2):
+        with pytest.raises(KeyError): fit(cut, n)
+    monkeypatch.setattr(train, "build_loss", real)
+    train.fit_fold(cut, "small", 0)
+    assert bare(cut) == bare(whole)
+    for key, value in WITHOUT.items():
+        other = make(f"doors_{key}", **{key: {**DOORS[key], **value} if isinstance(value, dict) and key != "loss" else value})
+        train.fit_fold(other, "small", 0)
+        assert curve(other).loss.tolist() != curve(whole).loss.tolist(), key
+
+
 def test_a_group_that_runs_out_of_memory_is_started_anew(start, capsys):
     run = start("group", train__devices=2)
     hook = run.folder / "hook"
