@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['THRESHOLDS', 'RESULTS', 'Plan', 'Share', 'FitBatches', 'to_target', 'batch_loss', 'Job', 'Watch', 'save_culprit',
            'FitModule', 'part_weight', 'image_counts', 'best_score', 'WholeImages', 'as_list', 'valid_loader',
-           'out_of_memory', 'in_halves', 'sync_buffers', 'gather_counts', 'SharedNorm', 'share_norms', 'Averager',
-           'ema_decay', 'Ema', 'Swa', 'recompute_statistics', 'statistics_batches', 'build_averager', 'read_checkpoint',
-           'candidate', 'promote', 'clear', 'save_weights', 'plain_mask', 'Keeper', 'make_trainer', 'train_job']
+           'out_of_memory', 'in_halves', 'sync_buffers', 'gather_counts', 'AllSum', 'SharedNorm', 'share_norms',
+           'Averager', 'ema_decay', 'Ema', 'Swa', 'recompute_statistics', 'statistics_batches', 'build_averager',
+           'read_checkpoint', 'candidate', 'promote', 'clear', 'save_weights', 'plain_mask', 'Keeper', 'make_trainer',
+           'train_job']
 
-# %% ../nbs/34_engine.ipynb #1e8d59e1
+# %% ../nbs/34_engine.ipynb #2c101628
 import json, logging, math, time, warnings
 from collections import deque
 from contextlib import contextmanager
@@ -26,7 +27,6 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from safetensors.torch import save
 from torch import nn
-from torch.distributed.nn.functional import all_reduce as all_sum
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
@@ -356,7 +356,17 @@ def gather_counts(found: list[tuple[int, np.ndarray]],   # (row, counts) of this
         found = [pair for part in everyone for pair in part]
     return np.stack([counts for _, counts in sorted(found, key=lambda pair: pair[0])])
 
-# %% ../nbs/34_engine.ipynb #329c4ea6
+# %% ../nbs/34_engine.ipynb #af897c40
+class AllSum(torch.autograd.Function):
+    "The sum over all processes, of which each process's gradient is the sum of all gradients"
+    @staticmethod
+    def forward(ctx, x):
+        torch.distributed.all_reduce(x := x.clone())
+        return x
+
+    @staticmethod
+    def backward(ctx, grad): return AllSum.forward(ctx, grad.contiguous())
+
 class SharedNorm(nn.BatchNorm2d):
     "BatchNorm over the images of all processes"
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -364,8 +374,8 @@ class SharedNorm(nn.BatchNorm2d):
         wide, shape = x.float(), (1, -1, 1, 1)
         count = torch.tensor(float(x.numel() // x.shape[1]))
         torch.distributed.all_reduce(count)
-        mean = all_sum(wide.sum((0, 2, 3))) / count
-        var = all_sum((wide - mean.view(shape)).square().sum((0, 2, 3))) / count
+        mean = AllSum.apply(wide.sum((0, 2, 3))) / count
+        var = AllSum.apply((wide - mean.view(shape)).square().sum((0, 2, 3))) / count
         if self.track_running_stats: self._remember(mean.detach(), var.detach() * count / (count - 1).clamp(min=1))
         out = (wide - mean.view(shape)) * (var + self.eps).rsqrt().view(shape)
         return (out * self.weight.view(shape) + self.bias.view(shape) if self.affine else out).to(x.dtype)

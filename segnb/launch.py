@@ -105,7 +105,7 @@ def _end_with_parent():
 def _about_memory(error):
     return isinstance(error, MemoryError) or "OutOfMemoryError" in type(error).__name__ or "out of memory" in str(error)
 
-# %% ../nbs/35_launch.ipynb #4e5f8df5
+# %% ../nbs/35_launch.ipynb #871faf23
 def free_port() -> int:
     "A port that nobody listens on"
     with socket.socket() as s:
@@ -117,6 +117,7 @@ def child_environment(environment: Mapping[str, str], rank: int, world: int, por
     kept = {k: v for k, v in environment.items() if not k.startswith(("SLURM_", "TORCHELASTIC"))}
     package = str(Path(files.__file__).parent.parent)
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "NODE_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    kept.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")   # else torch warns at the first step that all parameters were used
     return kept | {k: str(v) for k, v in place.items()} | {"PYTHONPATH": os.pathsep.join(filter(None, [package, kept.get("PYTHONPATH")]))}
 
 # %% ../nbs/35_launch.ipynb #91e4a657
