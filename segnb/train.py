@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['IMAGENET', 'LONG', 'ONE_IMAGE', 'fold_rows', 'normalisation', 'new_model', 'best_device', 'n_cores', 'loader_workers',
            'candidates', 'to_device', 'one_pass', 'seconds_of', 'step_seconds', 'probe', 'compile_pays', 'ask_compile',
-           'make_plan', 'budget_steps', 'median_pace', 'Fit', 'decide', 'record', 'on_device', 'measure_pace', 'halve',
-           'fit_key', 'fit_fold', 'fit_here', 'fit_process', 'fit_in_group', 'record_fit', 'load_fold', 'plot_curve',
-           'validation_pictures']
+           'make_plan', 'budget_steps', 'median_pace', 'recipe_loss', 'Fit', 'decide', 'record', 'on_device',
+           'measure_pace', 'halve', 'fit_key', 'fit_fold', 'fit_here', 'fit_process', 'fit_in_group', 'record_fit',
+           'load_fold', 'plot_curve', 'validation_pictures']
 
-# %% ../nbs/30_train.ipynb #c21e8394
+# %% ../nbs/30_train.ipynb #3414aaf8
 import gc, math, os, time
 from pathlib import Path
 from typing import Callable, Iterator
@@ -24,7 +24,7 @@ from .engine import (FitBatches, Job, Plan, Share, batch_loss, image_counts, out
 from .figures import class_colors, new_figure, overlay, picture_grid, to_rgb
 from .files import DataError, RecipeError, SegnbError, read_json, write_json
 from .launch import Place, find_place, joined, launch, slowest
-from .losses import build_loss
+from .losses import asks_balance, balance, build_loss
 from .mixing import build_mixing
 from .models import SegModel, build_model
 from .optim import build_optimiser
@@ -171,7 +171,14 @@ def median_pace(seconds: list[float],   # of each batch, in order
     counted = np.array(seconds[min(ready, len(seconds) // 2):])
     return float(np.median([part.mean() for part in np.array_split(counted, min(5, len(counted)))]))
 
-# %% ../nbs/30_train.ipynb #3a73d1aa
+# %% ../nbs/30_train.ipynb #d0755cdd
+def recipe_loss(recipe: Recipe, pack, rows: np.ndarray) -> nn.Module:
+    "The recipe's loss; balanced class weights follow the pixels of the training `rows` alone"
+    options = recipe.loss.options
+    if asks_balance(options): options = balance(options, pack.class_shares()[np.isin(pack.train, rows)].mean(0))
+    return build_loss(recipe.loss.name, task=recipe.task, ignore_index=recipe.data.ignore_index, n_classes=recipe.n_classes, **options)
+
+# %% ../nbs/30_train.ipynb #6cf3f6cc
 class Fit:
     "One model on one fold of a run: what it reads, what it decides, where it writes"
     def __init__(self, run: Run, model: str = "", fold: int = 0, place: Place = Place()):
@@ -184,7 +191,7 @@ class Fit:
         self.train_rows, self.valid_rows = fold_rows(self.samples, run.folds(), fold)
         self.folder = run.path("models", self.entry.name, f"fold{fold}")
         self.label = f"{self.entry.name} fold {fold}"
-        self.loss = build_loss(recipe.loss.name, task=recipe.task, ignore_index=recipe.data.ignore_index, n_classes=recipe.n_classes, **recipe.loss.options)
+        self.loss = recipe_loss(recipe, self.pack, self.train_rows)
         sampling = build_sampling(recipe, self.pack, self.train_rows, epoch_batches=1)
         self.n_images = len(sampling.rows) if sampling else len(self.train_rows)
         self.mixer = build_mixing(recipe, self.pack, self.train_rows)
