@@ -481,15 +481,14 @@ def statistics_batches(job: Job) -> DataLoader:
     plan = Plan(1, min(job.recipe.train.swa_batches, job.plan.batches), job.plan.batch_size)
     return make_loader(job.dataset, FitBatches(len(job.dataset), plan, Share(split=job.share.split * job.share.world)), job.workers)
 
-# %% ../nbs/34_engine.ipynb #9781b59b
+# %% ../nbs/34_engine.ipynb #66816344
 def build_averager(job: Job, state: dict | None = None) -> Averager | None:
-    "What the recipe asks for; SWA looks at the ends of epochs, EMA at each step, so a fit has one of them"
-    ema, swa = job.recipe.train.ema, job.recipe.train.swa
-    if ema and swa is not None: raise SegnbError("train.ema and train.swa are two ways to average weights: set one of them to null.")
-    return Ema(job, state) if ema else Swa(job, state) if swa is not None else None
+    "What the recipe asks for: one of the two, or none"
+    train = job.recipe.train
+    return Ema(job, state) if train.ema else Swa(job, state) if train.swa is not None else None
 
-# %% ../nbs/34_engine.ipynb #b3cfb39d
-RESULTS = ("fit.json", "best.safetensors", "last.ckpt", "metrics.csv", "not_finite*")
+# %% ../nbs/34_engine.ipynb #41c4f1f5
+RESULTS = ("fit.json", "best.safetensors", "last.ckpt", "metrics.csv")
 
 def read_checkpoint(folder: Path, key: str) -> dict | None:
     "`last.ckpt` if it is of the fit `key`"
@@ -506,8 +505,7 @@ def promote(folder: Path, epoch: int | None):
 
 def clear(folder: Path):
     "Remove what another fit left"
-    for pattern in (*RESULTS, ".*"):
-        for path in folder.glob(pattern): path.unlink(missing_ok=True)
+    for path in (*map(folder.joinpath, RESULTS), *folder.glob(".*")): path.unlink(missing_ok=True)
 
 # %% ../nbs/34_engine.ipynb #8c86ebbd
 def save_weights(model: nn.Module, path: str | Path):
@@ -672,11 +670,13 @@ def make_trainer(job: Job, epochs: int, callbacks: list[Callback]) -> L.Trainer:
                      logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
                      use_distributed_sampler=False)
 
-# %% ../nbs/34_engine.ipynb #ebbfbedc
+# %% ../nbs/34_engine.ipynb #6d0ab745
 def train_job(job: Job) -> Keeper:
     "Fit from the start or from `last.ckpt` to the end; the files are in the folder"
     state = read_checkpoint(job.folder, job.key)
-    if job.first_process: promote(job.folder, state["keeper"]["best_epoch"]) if state else clear(job.folder)
+    if job.first_process:
+        for path in job.folder.glob("not_finite*"): path.unlink()   # of the attempt before
+        promote(job.folder, state["keeper"]["best_epoch"]) if state else clear(job.folder)
     keeper = Keeper(job, state, build_averager(job, state))
     if not keeper.done:
         module = FitModule(job, state)

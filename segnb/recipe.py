@@ -285,7 +285,7 @@ class Recipe(Section):
         for wrong in disagreements(self): raise ValueError(wrong)
         return self
 
-# %% ../nbs/00_recipe.ipynb #f102d268
+# %% ../nbs/00_recipe.ipynb #1665c4a8
 def disagreements(recipe: Recipe) -> list[str]:
     "What the sections of a recipe say against each other"
     found, n = [], len(recipe.classes)
@@ -304,6 +304,7 @@ def disagreements(recipe: Recipe) -> list[str]:
     if isinstance(recipe.tune.models, list):
         for name in recipe.tune.models or [""]:
             if name not in models: found.append("tune.models: " + nearest(name, models, "model").rstrip("."))
+    if recipe.train.ema and recipe.train.swa is not None: found.append("train.ema and train.swa are two ways to average weights: set one of them to null")
     return found + _wrong_sampling(recipe.sampling, recipe.classes) + _wrong_format(recipe)
 
 # %% ../nbs/00_recipe.ipynb #f3450487

@@ -90,7 +90,7 @@ def test_torchrun_trains_a_fit_that_the_pipeline_finds_up_to_date(start, alone):
 
 def test_kills_leave_no_trace(start):
     "SIGKILL at random instants, checkpoints after every step; EMA, accumulation, mixing, a plateau and a worker"
-    options = dict(train__ema=.9, train__accumulate=2, train__epochs=3, train__epoch_scale=4, train__workers=1, train__checkpoint_minutes=1e-9,
+    options = dict(train__ema=.9, train__accumulate=2, train__epochs=3, train__epoch_scale=16, train__workers=1, train__checkpoint_minutes=1e-9,
                    mixing=[{"name": "mixup", "p": .5}], optim__schedule={"name": "plateau", "patience": 0, "threshold": 9})
     whole, cut = start("whole", **options), start("cut", **options)
     train.fit_fold(whole, "small", 0)
@@ -102,7 +102,7 @@ def test_kills_leave_no_trace(start):
         try:
             while process.poll() is None and (not checkpoint.exists() or checkpoint.stat().st_mtime_ns == before): time.sleep(.01)
             if kills < 3:
-                time.sleep(random.random() * .4)
+                time.sleep(random.random() * .2)
                 process.kill()
                 kills += 1
         finally: process.stdout.read(); process.wait()
