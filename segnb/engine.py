@@ -10,10 +10,9 @@ __all__ = ['THRESHOLDS', 'RESULTS', 'Plan', 'Share', 'FitBatches', 'to_target', 
            'read_checkpoint', 'candidate', 'promote', 'clear', 'save_weights', 'plain_mask', 'Keeper', 'make_trainer',
            'train_job']
 
-# %% ../nbs/34_engine.ipynb #2c101628
+# %% ../nbs/34_engine.ipynb #75856bec
 import json, logging, math, time, warnings
 from collections import deque
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path

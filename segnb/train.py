@@ -9,7 +9,7 @@ __all__ = ['IMAGENET', 'LONG', 'LOOP', 'ONE_IMAGE', 'fold_rows', 'normalisation'
            'record', 'on_device', 'measure_pace', 'halve', 'fit_key', 'fit_fold', 'fit_here', 'fit_process',
            'fit_in_group', 'record_fit', 'load_fold', 'plot_curve', 'validation_pictures']
 
-# %% ../nbs/30_train.ipynb #06e3a1bf
+# %% ../nbs/30_train.ipynb #3913bdd4
 import gc, math, os, time
 from pathlib import Path
 from typing import Callable, Iterator
@@ -18,7 +18,6 @@ import pandas as pd
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from torch.utils.data import DataLoader
 from .augment import recipe_augment
 from .engine import (FitBatches, Job, Plan, Share, batch_loss, image_counts, out_of_memory, plain_mask, read_checkpoint, share_norms,
                           train_job)
@@ -30,7 +29,7 @@ from .mixing import build_mixing
 from .models import SegModel, build_model
 from .optim import build_optimiser
 from .pack import TrainDataset, make_loader
-from .pipeline import STAGES, Run, Task, edit_manifest, open_run, task_parts, written
+from .pipeline import STAGES, Run, Task, edit_manifest, task_parts, written
 from .predict import AUTOCAST, Predictor
 from .recipe import Model, Recipe, Train
 from .sampling import build_sampling
