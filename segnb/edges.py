@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# %% ../nbs/08_edges.ipynb #44ba5873
+# %% ../nbs/08_edges.ipynb #5fe40015
 def as_planes(mask: np.ndarray,  # (H, W), or (H, W, C) labels; whole numbers
              ) -> np.ndarray:    # (L, H, W); L is 1 for an (H, W) mask, else C
     "A mask as planes: the class indices are one plane, each label is one"
@@ -22,7 +22,8 @@ def as_planes(mask: np.ndarray,  # (H, W), or (H, W, C) labels; whole numbers
 def distance_to(region: np.ndarray,  # (H, W) bool, True somewhere
                ) -> np.ndarray:      # (H, W) float32, in pixels
     "Euclidean distance of each pixel's centre to the nearest of `region`; 0 in it"
-    return cv2.distanceTransform((~region).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    near = cv2.distanceTransform((~region).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    return np.sqrt(np.rint(near.astype(np.float64) ** 2)).astype(np.float32)   # its last bit depends on where the mask lies in memory; a squared distance is whole
 
 # %% ../nbs/08_edges.ipynb #afdd60e6
 def level_set(region: np.ndarray,  # (H, W) bool

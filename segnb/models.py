@@ -115,14 +115,17 @@ def _encoder_of(net, arch, wish):
     if not hasattr(net, "encoder"): raise RecipeError(f"{arch} has no encoder, which {wish} is about: leave it away, or keep the encoder in `self.encoder`.")
     return net.encoder
 
-# %% ../nbs/07_models.ipynb #f7fa6442
+# %% ../nbs/07_models.ipynb #369f12d3
 def unused_modules(net: nn.Module, channels: int, size: tuple[int, int] = (64, 64)) -> list[str]:
     "Names of the largest modules none of whose parameters any output depends on"
-    was, device = net.training, next(net.parameters()).device
+    was, device, kept = net.training, next(net.parameters()).device, [b.clone() for b in net.buffers()]
     names, parameters = zip(*net.named_parameters())
     with torch.enable_grad():
-        out = net.eval()(torch.zeros(1, channels, *size, device=device))
-        idle = {n for n, g in zip(names, torch.autograd.grad(out.sum(), parameters, allow_unused=True)) if g is None}
+        outs = [net.train(mode)(torch.zeros(2, channels, *size, device=device)) for mode in (False, True)]   # deep supervision: training has more
+        total = sum(o.sum() for out in outs for o in (out if isinstance(out, (list, tuple)) else [out]))
+        idle = {n for n, g in zip(names, torch.autograd.grad(total, parameters, allow_unused=True)) if g is None}
+    with torch.no_grad():
+        for buffer, before in zip(net.buffers(), kept): buffer.copy_(before)   # BatchNorm has seen zeros
     net.train(was)
     found = []
     for name, module in net.named_modules():
