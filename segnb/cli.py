@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['FULL', 'KEPT', 'app', 'RecipeName', 'Settings', 'AsJson', 'Jobs', 'UNTOLD', 'BENCHMARKS', 'exit_code', 'paragraph',
            'Options', 'one_paragraph', 'options', 'command', 'main', 'overrides', 'recipes', 'sample', 'check',
-           'prove_choices', 'weight_paths', 'run', 'score', 'validate', 'sweep', 'tune', 'finished_run', 'mask_files',
-           'load_ensemble', 'predict_image', 'check_bands', 'predict', 'refuse_same_names', 'leaves', 'differing',
-           'run_folders', 'fit_scores', 'standing', 'board', 'leaderboard', 'bench']
+           'prove_choices', 'weight_paths', 'run', 'fit', 'score', 'validate', 'sweep', 'tune', 'finished_run',
+           'mask_files', 'load_ensemble', 'predict_image', 'check_bands', 'predict', 'refuse_same_names', 'leaves',
+           'differing', 'run_folders', 'fit_scores', 'standing', 'board', 'leaderboard', 'bench']
 
 # %% ../nbs/90_cli.ipynb #2552e914
 import errno, functools, json, re, shutil, sys, traceback
@@ -170,6 +170,16 @@ def run(recipe: RecipeName,
     done = run_pipeline(recipe, out, from_stage=first, to_stage=last, fresh=fresh, overrides=overrides(settings))
     submissions = [p.name for p in sorted(done.folder.glob("submission.*")) if p.suffix not in (".json", ".png")]
     print(", ".join([f"done: {done.folder}", *submissions]))
+
+# %% ../nbs/90_cli.ipynb #654dcc52
+@command
+def fit(folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, checked and split into folds.")],
+        model: Annotated[str, typer.Option(help="Name of one of the recipe's models; the first, if none is given.")] = "",
+        fold: Annotated[int, typer.Option(min=0)] = 0):
+    "Train one model on one fold of a run: what each process does under torchrun or srun."
+    run = finished_run(folder, "folds.csv")
+    from segnb.train import fit_in_group
+    fit_in_group(run.folder, model, fold)
 
 # %% ../nbs/90_cli.ipynb #997232d7
 @command
