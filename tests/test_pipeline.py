@@ -89,6 +89,8 @@ def test_commands_on_a_finished_run(finished, demo_data, tiny, tmp_path):
     assert json.loads(segnb("score", "demo", submission, submission, *data).stdout)["score"] == 1.0
     assert f"/{folder.name}" in segnb("leaderboard", folder).stdout   # a long path loses its beginning
     assert "no run folder" in segnb("leaderboard", tmp_path, code=2).stderr
+    assert "is finished already" in segnb("fit", folder).stdout
+    assert "no run folder" in segnb("fit", tmp_path, code=2).stderr
     images = sorted((demo_data / "test_img").glob("*.png"))[:2]
     segnb("predict", folder, *images, "--out", tmp_path / "masks")
     assert {p.name for p in (tmp_path / "masks").iterdir()} == {f"{i.stem}{end}.png" for i in images for end in ("", "_overlay")}
