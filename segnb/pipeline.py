@@ -9,13 +9,13 @@ __all__ = ['STAGES', 'WITHOUT_EFFECT', 'DECISIONS', 'PACKAGES', 'STANDS_FOR', 'R
            'write_changed', 'writable', 'refuse_overwrite', 'environment', 'record_decisions', 'imported_rooms',
            'package_folder', 'code_hash', 'code_of', 'stage_notebook', 'run_start', 'run_half', 'stage_code',
            'raw_files', 'raw_hashes', 'sides', 'raw_parts', 'stage_tasks', 'written', 'task_parts', 'weight_files',
-           'changes', 'change_text', 'reason', 'OwnKernel', 'settled', 'join_stream', 'StageClient', 'StageEngine',
-           'WholeFiles', 'Terminal', 'check_parameters', 'run_notebook', 'NotebookError', 'check_files', 'split_folds',
-           'only_one', 'perform', 'perform_notebook', 'forget_partial', 'forget_stale', 'run_stages', 'run_pipeline',
-           'stages_before', 'refuse_gap', 'forget_decisions', 'run_missing']
+           'changes', 'change_text', 'reason', 'OwnKernel', 'settled', 'join_stream', 'StageClient', 'hear_out',
+           'StageEngine', 'WholeFiles', 'Terminal', 'check_parameters', 'run_notebook', 'NotebookError', 'check_files',
+           'split_folds', 'only_one', 'perform', 'perform_notebook', 'forget_partial', 'forget_stale', 'run_stages',
+           'run_pipeline', 'stages_before', 'refuse_gap', 'forget_decisions', 'run_missing']
 
-# %% ../nbs/09_pipeline.ipynb #e41889f9
-import ast, copy, importlib.metadata, inspect, io, json, os, platform, re, shutil, sys, tempfile, time
+# %% ../nbs/09_pipeline.ipynb #2a458a17
+import ast, asyncio, copy, importlib.metadata, inspect, io, json, os, platform, re, shutil, sys, tempfile, time
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +24,7 @@ from typing import Callable, Iterator
 import nbformat, pandas as pd, papermill, segnb, torch
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
+from jupyter_core.utils import ensure_event_loop
 from nbclient.exceptions import DeadKernelError
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import Engine, papermill_engines
@@ -481,7 +482,7 @@ def join_stream(last: nbformat.NotebookNode, new: nbformat.NotebookNode) -> nbfo
     last.text = head + newline + settled(line + new.text)
     return last
 
-# %% ../nbs/09_pipeline.ipynb #de85d2f8
+# %% ../nbs/09_pipeline.ipynb #4a36ac05
 class StageClient(PapermillNotebookClient):
     "Executes the cells of a stage"
     def create_kernel_manager(self):
@@ -511,7 +512,13 @@ class StageClient(PapermillNotebookClient):
         try: super().papermill_execute_cells()
         except BaseException:
             self.shutdown_kernel = "immediate"
+            hear_out(ensure_event_loop())
             raise
+
+def hear_out(loop: asyncio.AbstractEventLoop):
+    "Take note of how the tasks of an interrupted `loop` end: asyncio would print what nobody asked for"
+    if loop.is_running(): return   # it is somebody else's
+    for task in asyncio.all_tasks(loop): task.add_done_callback(lambda task: task.cancelled() or task.exception())
 
 # %% ../nbs/09_pipeline.ipynb #23a1e467
 class StageEngine(Engine):
