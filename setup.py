@@ -13,13 +13,13 @@ cfg = config["DEFAULT"]
 
 
 class BuildWithNotebooks(build_py):
-    "Put the stage notebooks (`10_…`, `20_…`, …) into the package as it is built"
+    "Put the stage notebooks (`10_…` to `60_…`) into the package as it is built"
     def run(self):
         super().run()
         if self.editable_mode: return
         target = Path(self.build_lib) / "segnb" / "notebooks"
         target.mkdir(parents=True, exist_ok=True)
-        for notebook in sorted((here / "nbs").glob("[1-9]0_*.ipynb")): shutil.copy(notebook, target)
+        for notebook in sorted((here / "nbs").glob("[1-6]0_*.ipynb")): shutil.copy(notebook, target)
 
 
 setup(
