@@ -14,7 +14,7 @@ __all__ = ['STAGES', 'WITHOUT_EFFECT', 'DECISIONS', 'PACKAGES', 'STANDS_FOR', 'R
            'split_folds', 'only_one', 'perform', 'perform_notebook', 'forget_partial', 'forget_stale', 'run_stages',
            'run_pipeline', 'stages_before', 'refuse_gap', 'forget_decisions', 'run_missing']
 
-# %% ../nbs/09_pipeline.ipynb #2a458a17
+# %% ../nbs/09_pipeline.ipynb #083b122b
 import ast, asyncio, copy, importlib.metadata, inspect, io, json, os, platform, re, shutil, sys, tempfile, time
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
@@ -30,7 +30,6 @@ from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import Engine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 from papermill.iorw import LocalHandler, papermill_io
-from tqdm import tqdm
 from .files import (DataError, RecipeError, SegnbError, atomic_path, fingerprint, nearest, read_json, sha256_file, sha256_text,
                          write_json, write_text)
 from .recipe import Recipe, load_recipe, parse_yaml, save_recipe, to_yaml
@@ -612,15 +611,12 @@ def check_files(run: Run):
     if warnings: print(f"  the doctor has {warnings} remark{'s' * (warnings > 1)}: {run.path('doctor.json')}")
     with atomic_path(run.path("samples.parquet")) as part: read_samples(run.recipe).to_parquet(part, index=False)
 
-# %% ../nbs/09_pipeline.ipynb #259c2f40
+# %% ../nbs/09_pipeline.ipynb #d6f858d6
 def split_folds(run: Run):
     "Decide which fold each training row belongs to"
-    from segnb.folds import class_shares, make_folds
-    recipe, samples, pack = run.recipe, run.samples(), run.pack()
-    train = [i for i, split in enumerate(samples.split) if split == "train"]
-    masks = (pack.mask(i) for i in tqdm(train, desc="class areas", unit="mask"))
-    areas = class_shares(masks, task=recipe.task, n_classes=recipe.n_classes, ignore_index=recipe.data.ignore_index)
-    folds = make_folds(recipe, samples, areas)
+    from segnb.folds import make_folds
+    recipe, samples = run.recipe, run.samples()
+    folds = make_folds(recipe, samples, run.pack().class_shares())
     write_text(run.path("folds.csv"), folds.to_csv(index=False))
 
 FUNCTIONS = {"check": check_files, "folds": split_folds}
