@@ -12,7 +12,7 @@ help:
 	@echo "make run        set up, draw the demo data, run every stage: $(RUN)"
 	@echo "make test       set up, then everything that CI checks"
 	@echo "make check      the quick checks, for every commit"
-	@echo "make test-full  make test and the real pictures of ../shared"
+	@echo "make test-full  make test, what takes minutes, and the real pictures of ../shared"
 	@echo "make lab        JupyterLab on the notebooks"
 	@echo "make sync       clean the notebooks, write segnb/*.py and README.md from them"
 	@echo "make clean      remove $(VENV), runs and drawn data"
@@ -37,7 +37,7 @@ run: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python tests/sync.py --check
 	$(BIN)/python tests/notebooks.py
-	$(BIN)/python -m pytest tests -m "not real"
+	$(BIN)/python -m pytest tests -m "not real and not full"
 
 check: $(STAMP)
 	$(BIN)/python tests/sync.py --check

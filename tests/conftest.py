@@ -15,6 +15,7 @@ TINY = {"models": "[{name: small, arch: Unet, encoder: mobilenet_v2}]", "train.e
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "quick: for every commit, all of them in seconds")
+    config.addinivalue_line("markers", "full: takes minutes (make test-full)")
     config.addinivalue_line("markers", "real: needs the real pictures in ../shared (make test-full)")
 
 

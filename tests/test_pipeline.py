@@ -1,5 +1,5 @@
 """The road by papermill: what is reused and why, what a kill leaves behind, and that the number of workers changes nothing."""
-import ast, json, os, re, shutil, signal, subprocess, sys, time
+import ast, json, os, random, re, shutil, signal, subprocess, sys, time
 from hashlib import sha256
 from pathlib import Path
 
@@ -156,6 +156,30 @@ def test_a_killed_or_interrupted_fit_continues_to_the_same_submission(tiny, tmp_
     assert said(done)["train small fold 0"] == "continues, it was not finished"
     assert content(folder, "submission.csv", "scores.json", "models/*/*/best.safetensors") == \
            content(tmp_path / "whole", "submission.csv", "scores.json", "models/*/*/best.safetensors")
+
+
+@pytest.mark.full
+def test_ten_kills_at_random_instants_ten_identical_submissions(tiny, tmp_path):
+    "Two folds, killed once at an instant drawn over the whole of the road, ten times over"
+    longer = [*tiny, *settings(**{"train.epochs": 4, "train.epoch_scale": 4, "train.ema": .9, "train.accumulate": 2, "train.workers": 1, "train.checkpoint_minutes": .02})]
+    segnb("run", *longer, "--out", tmp_path / "start", "--to", "check")
+    shutil.copytree(tmp_path / "start", tmp_path / "whole")
+    began = time.time()
+    segnb("run", *longer, "--out", tmp_path / "whole", "--from", "train")
+    seconds, whole = time.time() - began, content(tmp_path / "whole", "submission.csv", "scores.json", "models/*/*/best.safetensors")
+    draw, ends = random.Random(0), []
+    for k in range(10):
+        folder = shutil.copytree(tmp_path / "start", tmp_path / f"cut{k}")
+        process = start("run", *longer, "--out", folder, "--from", "train")
+        try: process.wait(draw.uniform(.02, .95) * seconds)
+        except subprocess.TimeoutExpired:
+            for one in [*family(process), process]: one.kill()
+        ends.append(process.wait(60))
+        process.stderr.close()
+        segnb("run", *longer, "--out", folder, "--from", "train")
+        assert content(folder, "submission.csv", "scores.json", "models/*/*/best.safetensors") == whole, f"kill {k}"
+        shutil.rmtree(folder)
+    assert ends.count(-9) >= 8
 
 
 def small_notebook(path, *sources):

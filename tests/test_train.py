@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from segnb import train
+from segnb.cli import differing, standing
 from segnb.files import SegnbError
-from segnb.pipeline import STAGES, Run, Task, open_run, reason, task_parts
+from segnb.pipeline import STAGES, Run, Task, open_run, reason, run_pipeline, task_parts
 from segnb.sample import draw_sample
 
 SMALL = {"models": [{"name": "small", "arch": "Unet", "encoder": "mobilenet_v2", "options": {"encoder_depth": 3, "decoder_channels": [16, 8, 8]}}],
@@ -73,6 +74,16 @@ def test_two_processes_at_half_the_batch_reach_the_score_of_one(start, alone, ca
     agree(run, alone)
     assert capsys.readouterr().err.count("small fold 0") > 0          # the first process's bar is passed on
     assert "finished already" in (train.fit_fold(run, "small", 0), capsys.readouterr().out)[1]
+
+
+@pytest.mark.full
+def test_two_processes_have_the_row_of_one_in_the_leaderboard(start):
+    "Both folds, then the ensemble: score and spread to the tolerance of `agree`, and nothing but the number of processes differs"
+    runs = [start(name, optim=SGD, train__devices=n, postprocess={"threshold": .5, "min_area": 0}) for name, n in (("one_row", 1), ("two_rows", 2))]
+    for run in runs: run_pipeline(run.path("recipe.yaml"), run.folder, from_stage="train", to_stage="ensemble")
+    one, two = (standing(run.folder) for run in runs)
+    assert not one["fits"] and one["score"] == pytest.approx(two["score"], abs=2e-3) and one["spread"] == pytest.approx(two["spread"], abs=2e-3)
+    assert differing([one["recipe"], two["recipe"]]) == [{"train.devices": 1}, {"train.devices": 2}]
 
 
 def test_torchrun_trains_a_fit_that_the_pipeline_finds_up_to_date(start, alone):
