@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'EVERY', 'OPTIMISERS', 'OWN_KEYS', 'constant', 'step', 'multi_step', 'cosine', 'poly', 'one_cycle',
-           'cycle_at', 'restarts', 'plateau', 'Schedule', 'build_schedule', 'encoder_of', 'parameter_groups',
+           'cycle_at', 'restarts', 'plateau', 'Schedule', 'build_schedule', 'encoder_of', 'parameter_groups', 'fused',
            'build_optimiser', 'freeze_encoder', 'range_rates', 'range_test', 'suggest_rate']
 
 # %% ../nbs/32_optim.ipynb #05f69b66
@@ -138,7 +138,13 @@ def parameter_groups(model: nn.Module, config: Optim) -> list[dict]:
             if chosen: groups.append(dict(params=chosen, lr=config.lr * scale, weight_decay=config.weight_decay if decayed else 0.0))
     return groups
 
-# %% ../nbs/32_optim.ipynb #79183de6
+# %% ../nbs/32_optim.ipynb #8be149de
+def fused(make: type, device: torch.device, options: dict) -> dict:
+    "The option that asks torch for one kernel over all weights, where it has one for a processor and the recipe asks for no other way"
+    other = {"foreach", "fused", "capturable", "differentiable"} & options.keys()
+    return {"fused": True} if device.type == "cpu" and not other and "fused" in inspect.signature(make).parameters else {}
+
+# %% ../nbs/32_optim.ipynb #251e5f18
 def build_optimiser(model: nn.Module, config: Optim) -> torch.optim.Optimizer:
     "The recipe's optimiser over `model`. `RecipeError` for an unknown name or option, and for a value it refuses"
     if config.name not in OPTIMISERS: raise RecipeError(nearest(config.name, OPTIMISERS, "optim.name"))
@@ -148,7 +154,9 @@ def build_optimiser(model: nn.Module, config: Optim) -> torch.optim.Optimizer:
         if option not in known: raise RecipeError(f"optim.options: {nearest(option, known, f'option of {config.name}')}")
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in config.options.items()}
     if config.name == "sgd": options = {"momentum": 0.9, "nesterov": options.get("momentum", 0.9) > 0 and not options.get("dampening")} | options
-    try: return make(parameter_groups(model, config), lr=config.lr, **options)
+    groups = parameter_groups(model, config)
+    options |= fused(make, groups[0]["params"][0].device, options)
+    try: return make(groups, lr=config.lr, **options)
     except (ValueError, TypeError) as error: raise RecipeError(f"optim.options of {config.name}: {error}.") from None
 
 # %% ../nbs/32_optim.ipynb #4fd3ac41
