@@ -159,6 +159,20 @@ def test_a_killed_or_interrupted_fit_continues_to_the_same_submission(tiny, tmp_
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("name", ["satellite", "trash", "indoor", "handbone", "wildfire"])
+def test_the_road_of_each_competition(name, tmp_path):
+    "Drawn in its raw layout, checked, run, and a valid submission at the end"
+    segnb("sample", name, tmp_path / "data", "--train", 8, "--test", 4)
+    own = ["--set", f"data.root={tmp_path / 'data'}"]
+    segnb("check", name, *own)
+    small = {"models": TINY["models"], "encoder_weights": "null", "folds.n": 2, "train.epochs": 1, "train.epoch_scale": 1, "train.batch_size": 4}
+    segnb("run", name, *own, *settings(**small), "--out", tmp_path / "run", timeout=1200)
+    submission = next((tmp_path / "run").glob("submission.[!j]*"))
+    segnb("validate", name, submission, *own)
+    assert json.loads((tmp_path / "run/scores.json").read_text())["images"] == 8
+
+
+@pytest.mark.full
 def test_ten_kills_at_random_instants_ten_identical_submissions(tiny, tmp_path):
     "Two folds, killed once at an instant drawn over the whole of the road, ten times over"
     longer = [*tiny, *settings(**{"train.epochs": 4, "train.epoch_scale": 4, "train.ema": .9, "train.accumulate": 2, "train.workers": 1, "train.checkpoint_minutes": .02})]

@@ -67,5 +67,5 @@ def test_a_write_up_trains_on_the_real_pictures(writeup, tmp_path):
     name = writeup.split("_")[0]
     own = load_recipe(name)
     sections = {key: getattr(own, key).model_dump(mode="json") for key in ("loss", "optim", "train")}
-    settings = {**sections, "models": [m.model_dump(mode="json", exclude_none=True) for m in own.models], **WRITEUPS[writeup], **SHORT, "train.epoch_scale": .05}
+    settings = {**sections, "models": [m.model_dump(mode="json", exclude_none=True) for m in own.models], **WRITEUPS[writeup], **SHORT, "train.epoch_scale": .05, "train.precision": "bf16", "train.memory_format": "channels_last"}
     fit_as_written(writeup, open_run(REAL / name / "recipe.yaml", tmp_path / "run", settings))
