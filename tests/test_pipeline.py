@@ -181,19 +181,20 @@ def test_ten_kills_at_random_instants_ten_identical_submissions(tiny, tmp_path):
     began = time.time()
     segnb("run", *longer, "--out", tmp_path / "whole", "--from", "train")
     seconds, whole = time.time() - began, content(tmp_path / "whole", "submission.csv", "scores.json", "models/*/*/best.safetensors")
-    draw, ends = random.Random(0), []
-    for k in range(10):
+    draw, kills = random.Random(0), 0
+    for k in range(30):   # one that ended before its instant does not count
         folder = shutil.copytree(tmp_path / "start", tmp_path / f"cut{k}")
         process = start("run", *longer, "--out", folder, "--from", "train")
-        try: process.wait(draw.uniform(.02, .95) * seconds)
+        try: process.wait(draw.uniform(.02, .9) * seconds)
         except subprocess.TimeoutExpired:
             for one in [*family(process), process]: one.kill()
-        ends.append(process.wait(60))
+        kills += process.wait(60) == -9
         process.stderr.close()
         segnb("run", *longer, "--out", folder, "--from", "train")
         assert content(folder, "submission.csv", "scores.json", "models/*/*/best.safetensors") == whole, f"kill {k}"
         shutil.rmtree(folder)
-    assert ends.count(-9) >= 8
+        if kills == 10: return
+    raise AssertionError(f"{kills} kills in 30 runs")
 
 
 def small_notebook(path, *sources):
