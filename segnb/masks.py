@@ -8,14 +8,18 @@ __all__ = ['FOUR_DIGITS', 'EMPTY', 'FARTHEST', 'POLYGON_RULES', 'OVERLAPS', 'fla
            'rle_decode', 'polygon_points', 'polygon_fault', 'fill_outline', 'fill_coco', 'polygons_to_mask',
            'counts_to_string', 'string_to_counts', 'coco_encode', 'counts_to_mask', 'coco_decode', 'flatten_layers',
            'to_indices', 'check_palette', 'index_png_encode', 'read_png', 'index_png_decode', 'colors_to_indices',
-           'color_png_encode', 'color_png_decode', 'pack_labels', 'unpack_labels']
+           'color_png_encode', 'color_png_decode', 'pack_labels', 'unpack_labels', 'busy_mask', 'taking_turns',
+           'rle_speed']
 
-# %% ../nbs/01_masks.ipynb #1c2c63f8
+# %% ../nbs/01_masks.ipynb #5f5d6d13
 import io
 import sys
+import time
+from collections.abc import Callable
 
 import cv2
 import numpy as np
+import pandas as pd
 from PIL import Image
 
 # %% ../nbs/01_masks.ipynb #791829d9
@@ -466,3 +470,40 @@ def unpack_labels(packed: np.ndarray,  # (H, W, ceil(C / 8)) uint8
     "Labels that `pack_labels` packed"
     if packed.shape[-1] != -(-n_labels // 8): raise ValueError(f"{packed.shape[-1]} bytes a pixel do not hold {n_labels} labels")
     return np.unpackbits(packed, axis=-1, count=n_labels, bitorder="little")
+
+# %% ../nbs/01_masks.ipynb #736cb050
+def busy_mask(n_runs: int,       # of foreground, row by row
+              side: int = 1024,  # height and width
+             ) -> np.ndarray:    # (side, side) uint8 0/1
+    "A mask of runs of random lengths, always the same"
+    edges = np.sort(np.random.default_rng(0).choice(side * side, 2 * n_runs, replace=False)).reshape(-1, 2)
+    return runs_to_mask(np.stack([edges[:, 0], edges[:, 1] - edges[:, 0]], 1), (side, side))
+
+def taking_turns(calls: dict[str, Callable], repeats: int) -> dict[str, float]:
+    "Median milliseconds of each of `calls`, called one after another again and again"
+    times = {name: [] for name in calls}
+    for _ in range(repeats + 1):                      # the first round warms up
+        for name, call in calls.items():
+            start = time.perf_counter(); call(); times[name].append(time.perf_counter() - start)
+    return {name: 1000 * float(np.median(found[1:])) for name, found in times.items()}
+
+# %% ../nbs/01_masks.ipynb #c6cb09a2
+def rle_speed(n_runs: tuple[int, ...] = (1_000, 10_000),  # one mask each
+              side: int = 1024,                           # height and width
+              repeats: int = 25,
+             ) -> pd.DataFrame:                           # milliseconds a mask, and times the COCO tools' where they are installed
+    "Encoding to text and decoding from it, ours and the COCO tools'"
+    try: from pycocotools import mask as peer
+    except ImportError: peer = None
+    rows = []
+    for n in n_runs:
+        mask = busy_mask(n, side)
+        column_major = mask.T      # the same runs, down the columns: what the COCO tools want
+        text, coco = rle_encode(mask), coco_encode(column_major)
+        calls = {"rle_encode": lambda: rle_encode(mask), "coco_encode": lambda: coco_encode(column_major), "peer encode": lambda: peer.encode(column_major),
+                 "rle_decode": lambda: rle_decode(text, mask.shape), "coco_decode": lambda: coco_decode(coco, mask.shape), "peer decode": lambda: peer.decode(coco)}
+        ms = taking_turns({name: call for name, call in calls.items() if peer or not name.startswith("peer")}, repeats)
+        for name in ("rle_encode", "coco_encode", "rle_decode", "coco_decode"):
+            peers = ms.get(f"peer {name.split('_')[1]}", np.nan)
+            rows.append({"call": name, "runs": n, "ms": round(ms[name], 2), "pycocotools ms": round(peers, 2), "times pycocotools": round(ms[name] / peers, 2)})
+    return pd.DataFrame(rows)
