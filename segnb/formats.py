@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['LARGEST', 'HARMLESS', 'STEPS', 'FORMATS', 'Layout', 'wanted_layout', 'resize_nearest', 'fit_mask', 'Problems',
-           'table_rows', 'split_row', 'Table', 'RleTable', 'ClassTable', 'LabelTable', 'columns_of', 'table_index',
-           'table_mask', 'check_table', 'check_order', 'PictureZip', 'open_zip', 'member_bytes', 'zip_index',
-           'zip_mask', 'array_fault', 'check_zip', 'picture_fault', 'Note', 'harmless', 'JoblibReader', 'stored_array',
-           'read_joblib', 'ArrayPickle', 'pickle_index', 'pickle_mask', 'check_pickle', 'Format', 'submission_suffix']
+           'table_rows', 'starts_with_bom', 'split_row', 'Table', 'RleTable', 'ClassTable', 'LabelTable', 'columns_of',
+           'table_index', 'table_mask', 'check_table', 'check_order', 'PictureZip', 'open_zip', 'member_bytes',
+           'zip_index', 'zip_mask', 'array_fault', 'check_zip', 'picture_fault', 'Note', 'harmless', 'JoblibReader',
+           'stored_array', 'read_joblib', 'ArrayPickle', 'pickle_index', 'pickle_mask', 'check_pickle', 'Format',
+           'submission_suffix']
 
-# %% ../nbs/52_formats.ipynb #f44adf52
-import csv, math, mmap, pickletools, re, zipfile
+# %% ../nbs/52_formats.ipynb #be55ccd9
+import codecs, csv, math, mmap, pickletools, re, zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ import joblib
 import numpy as np
 import pandas as pd
 
-from .data import read_samples
+from .data import SAMPLE_HEADERS, read_samples
+from .dialect import picture_name
 from .files import SegnbError, nearest
 from .masks import (index_png_decode, index_png_encode, ints_to_text, is_empty_token, read_png, rle_decode, rle_encode, rle_to_runs,
                          text_to_ints)
@@ -99,7 +101,7 @@ class Problems:
         more = lambda kind: [f"… and {len(kind) - self.limit} more like the last"] if len(kind) > self.limit else []
         return [text for kind in self.kinds.values() for text in [*kind[:self.limit], *more(kind)]]
 
-# %% ../nbs/52_formats.ipynb #25585db7
+# %% ../nbs/52_formats.ipynb #537eda77
 def table_rows(path: str | Path) -> Iterator[tuple[int, int, list[str]]]:
     "(row, its byte offset, its cells) of a CSV whose rows are lines; blank lines are passed over"
     offset = 0
@@ -107,6 +109,10 @@ def table_rows(path: str | Path) -> Iterator[tuple[int, int, list[str]]]:
         for row, line in enumerate(file, 1):
             if line.strip(): yield row, offset, split_row(line, row)
             offset += len(line)
+
+def starts_with_bom(path: str | Path) -> bool:
+    "Whether a text file begins with the byte order mark of UTF-8"
+    with open(path, "rb") as file: return file.read(3) == codecs.BOM_UTF8
 
 def split_row(line: bytes, row: int) -> list[str]:
     "Cells of one line of a CSV"
@@ -164,10 +170,10 @@ class RleTable(Table):
         except ValueError as error: return str(error)
         return ""
 
-# %% ../nbs/52_formats.ipynb #29e39d21
+# %% ../nbs/52_formats.ipynb #8cdd2cb4
 class ClassTable(Table):
     "trash: file name, one class number a pixel"
-    header = ("image_id", "PredictionString")
+    header = SAMPLE_HEADERS["class_csv"]
 
     def to_text(self, mask: np.ndarray) -> str: return ints_to_text(mask.ravel())
 
@@ -187,12 +193,12 @@ class ClassTable(Table):
         n, wrong = self.layout.n_values, values >= self.layout.n_values
         return f"number {wrong.argmax() + 1} is {values[wrong.argmax()]}, the classes are 0..{n - 1}" if wrong.any() else ""
 
-# %% ../nbs/52_formats.ipynb #fee6d013
+# %% ../nbs/52_formats.ipynb #70c29062
 class LabelTable(RleTable):
     "handbone: name, label, run lengths; one row a label"
     def __init__(self, layout: Layout):
         super().__init__(layout)
-        self.header = ("image_name", "class", "rle")
+        self.header = SAMPLE_HEADERS["label_rle_csv"]
 
     def keys(self, image_id: str) -> list[tuple]: return [(image_id, label) for label in self.layout.recipe.classes]
 
@@ -231,11 +237,12 @@ def table_mask(table: Table, path: Path, image_id: str, offsets: dict[tuple, int
             texts.append(split_row(file.readline(), 2)[table.value])
     return table.decode(texts, table.layout.size(image_id))
 
-# %% ../nbs/52_formats.ipynb #31399e20
+# %% ../nbs/52_formats.ipynb #56175d73
 def check_table(table: Table, path: Path, found: Problems):
     "Name what is wrong with a CSV"
     rows, first = table_rows(path), {}
     _, _, header = next(rows, (1, 0, []))
+    if starts_with_bom(path): found.add("row 1 begins with a byte order mark, which some readers take for a part of the header: save the file as plain UTF-8")
     try: *places, value = columns_of(header, table.header)
     except SegnbError as error: return found.add(str(error))
     if tuple(header) != table.header: found.add(f"the header is '{','.join(header)}', it must be '{','.join(table.header)}'")
@@ -270,14 +277,14 @@ def check_order(wanted: list[tuple],     # keys in the order of the submission
     if wrong: found.add(f"row {there[wrong[0][0]]}: '{' '.join(wrong[0][0])}' stands where '{' '.join(wrong[0][1])}' belongs, and {len(wrong)} "
                         "rows in all are out of order: it must be that of the test files")
 
-# %% ../nbs/52_formats.ipynb #398f9ceb
+# %% ../nbs/52_formats.ipynb #3dc8b2ff
 class PictureZip:
     "indoor: test_0000.png … of class indices, flat"
     suffix, needs_size = ".zip", False
 
     def __init__(self, layout: Layout):
         self.layout = layout
-        self.names = {f"test_{n:04d}.png": image_id for n, image_id in enumerate(layout.ids)}   # member name -> image id
+        self.names = {picture_name(n): image_id for n, image_id in enumerate(layout.ids)}   # member name -> image id
 
     def write(self, part: Path, masks: Iterable[tuple[str, np.ndarray]]):
         "Write members as the masks come"
@@ -287,7 +294,7 @@ class PictureZip:
                 entry.create_system, entry.external_attr = 3, 0o644 << 16
                 file.writestr(entry, index_png_encode(mask))
 
-# %% ../nbs/52_formats.ipynb #92e7b6e1
+# %% ../nbs/52_formats.ipynb #acb0e405
 LARGEST = 64 * 2**20   # bytes of a member: far more than a PNG of class indices has
 
 def open_zip(path: Path) -> zipfile.ZipFile:
@@ -297,7 +304,10 @@ def open_zip(path: Path) -> zipfile.ZipFile:
 
 def member_bytes(file: zipfile.ZipFile, name: str) -> bytes:
     "Content of a member; a `ValueError` when it is damaged or absurdly large"
-    if file.getinfo(name).file_size > LARGEST: raise ValueError(f"it claims to be {file.getinfo(name).file_size} bytes")
+    entry = file.getinfo(name)
+    if entry.file_size > LARGEST: raise ValueError(f"it claims to be {entry.file_size} bytes")
+    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"it is compressed in a way that not every reader knows ({zipfile.compressor_names.get(entry.compress_type, entry.compress_type)}): zip it again by deflate")
     try: return file.read(name)
     except Exception as error: raise ValueError(f"it cannot be read from the zip ({error})") from None   # zipfile raises eight kinds
 
@@ -438,7 +448,7 @@ def read_joblib(path: str | Path) -> list[tuple]:
         said = str(error) if isinstance(error, ValueError) else "its instructions make no sense"
         raise SegnbError(f"this is not a dict of arrays as joblib.dump writes it (uncompressed): {said}") from None
 
-# %% ../nbs/52_formats.ipynb #fcdb18a8
+# %% ../nbs/52_formats.ipynb #ea68fae8
 class ArrayPickle:
     "wildfire: joblib.dump of {file name: uint8 array}; the one format that needs all masks at once"
     suffix, needs_size = ".pkl", False
@@ -452,6 +462,8 @@ class ArrayPickle:
 def pickle_index(form: ArrayPickle, path: Path) -> dict[str, np.ndarray]:
     "Image id -> array"
     pairs = read_joblib(path)
+    for name, _ in pairs:
+        if not isinstance(name, str): raise SegnbError(f"key {name} is not text: keys are file names")
     if len(dict(pairs)) < len(pairs): raise SegnbError("a key is in the dict twice")
     return dict(pairs)
 

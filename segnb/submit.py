@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Masks', 'CHECKED', 'in_order', 'write_submission', 'Submission', 'read_submission', 'validate_submission',
-           'check_sample', 'mask_shares', 'check_written', 'make_submission', 'report_of', 'score_submission',
-           'score_counts', 'choose_images', 'submission_pictures']
+           'sample_ids', 'check_sample', 'mask_shares', 'check_written', 'make_submission', 'report_of',
+           'score_submission', 'score_counts', 'choose_images', 'submission_pictures']
 
 # %% ../nbs/50_submit.ipynb #715083ff
 from collections.abc import Iterable, Iterator, Mapping
@@ -99,31 +99,46 @@ def read_submission(recipe: Recipe,
 
 def _sizes_known(recipe): return recipe.submit.size is not None or not FORMATS[recipe.submit.format].form.needs_size
 
-# %% ../nbs/50_submit.ipynb #7ac01b3a
+# %% ../nbs/50_submit.ipynb #999b50d1
 def validate_submission(recipe: Recipe,
                         path: str | Path,
                         *,
                         samples: pd.DataFrame | None = None,  # table of all images; None: read from the organiser's files
                        ) -> list[str]:                        # problems; none: valid
     "Every problem of the submission at `path`, against the test files and sample_submission"
-    if not Path(path).is_file(): return [f"there is no file {path}"]
+    path = Path(path)
+    if not path.is_file(): return [f"there is no file {path}"]
     layout, found = wanted_layout(recipe, samples), Problems()
-    kind = FORMATS[recipe.submit.format]
-    for check in (lambda: kind.check(kind.form(layout), Path(path), found), lambda: check_sample(layout, found)):
+    kind, suffix = FORMATS[recipe.submit.format], submission_suffix(recipe)
+    if path.suffix != suffix: found.add(f"the file is called '{path.name}', the organiser wants a {suffix} file")
+    for check in (lambda: kind.check(kind.form(layout), path, found), lambda: check_sample(layout, found)):
         try: check()
         except SegnbError as error: found.add(str(error))
     return found.texts()
 
-# %% ../nbs/50_submit.ipynb #069a5b5c
+# %% ../nbs/50_submit.ipynb #e775385f
+def sample_ids(layout: Layout, path: Path) -> list[str]:
+    "Image ids of sample_submission, in its order"
+    kind = FORMATS[layout.recipe.submit.format]
+    form = kind.form(layout)
+    if form.suffix != ".csv": return list(kind.index(form, path))
+    ids = read_table(path, form.header)[form.header[0]].tolist()
+    return ids if len(form.keys("any")) == 1 else list(dict.fromkeys(ids))       # a row a label
+
 def check_sample(layout: Layout, found: Problems):
-    "Name where sample_submission disagrees with the test files"
-    data = layout.recipe.data
-    path = inside(data.root, data.sample_submission) if data.format == layout.recipe.submit.format == "rle_csv" else None
-    if path is None or not path.is_file(): return
-    ids = read_table(path, [data.id_column, data.mask_column])[data.id_column].tolist()
-    if ids == layout.ids: return
-    where = next(n for n, (theirs, ours) in enumerate(zip_longest(ids, layout.ids)) if theirs != ours)
-    found.add(f"{path.name} and the test files disagree from row {where + 2} on: segnb check says more")
+    "Name where sample_submission disagrees with the test files, in both directions"
+    data, suffix = layout.recipe.data, submission_suffix(layout.recipe)
+    path = inside(data.root, data.sample_submission)
+    if path.suffix != suffix or not path.is_file(): return
+    theirs, ours = sample_ids(layout, path), layout.ids
+    known = set(theirs)
+    if not theirs: return                                                          # a header alone says nothing
+    for names, said in (([name for name in theirs if name not in layout.sizes], "names what is no test image"),
+                        ([name for name in ours if name not in known], "lacks test images")):
+        if names: found.add(f"{path.name} {said}, {len(names)} times, '{names[0]}' first: segnb check says more")
+    if suffix == ".csv" and known == set(ours) and theirs != ours:
+        where = next(n for n, pair in enumerate(zip_longest(theirs, ours)) if pair[0] != pair[1])
+        found.add(f"{path.name} has another order than the test files, from '{theirs[where]}' on: segnb check says more")
 
 # %% ../nbs/50_submit.ipynb #5ef7fe79
 def mask_shares(mask: np.ndarray,  # (H, W) class indices, (H, W, C) 0/1 where labels overlap
