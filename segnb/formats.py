@@ -311,18 +311,18 @@ def member_bytes(file: zipfile.ZipFile, name: str) -> bytes:
     try: return file.read(name)
     except Exception as error: raise ValueError(f"it cannot be read from the zip ({error})") from None   # zipfile raises eight kinds
 
-# %% ../nbs/52_formats.ipynb #2e3c2e17
-def zip_index(form: PictureZip, path: Path) -> dict[str, str]:
+# %% ../nbs/52_formats.ipynb #15817f1a
+def zip_index(codec: PictureZip, path: Path) -> dict[str, str]:
     "Image id (member name where the test files are not known) -> member name"
-    form.file = open_zip(path)
-    members = form.file.namelist()
+    codec.file = open_zip(path)
+    members = codec.file.namelist()
     for name, n in Counter(members).items():
         if n > 1: raise SegnbError(f"'{name}' is in the zip {n} times")
-    return {form.names.get(name, name): name for name in members}
+    return {codec.names.get(name, name): name for name in members}
 
-def zip_mask(form: PictureZip, path: Path, image_id: str, name: str) -> np.ndarray:
+def zip_mask(codec: PictureZip, path: Path, image_id: str, name: str) -> np.ndarray:
     "The mask of one image"
-    return index_png_decode(member_bytes(form.file, name), name=f"'{name}'")
+    return index_png_decode(member_bytes(codec.file, name), name=f"'{name}'")
 
 # %% ../nbs/52_formats.ipynb #6ea391f6
 def array_fault(mask: np.ndarray, size: tuple[int, int], n_values: int) -> str:
@@ -335,10 +335,10 @@ def array_fault(mask: np.ndarray, size: tuple[int, int], n_values: int) -> str:
     row, column = wrong[0]
     return f"class {mask[row, column]} at row {row}, column {column}, the classes are 0..{n_values - 1}"
 
-# %% ../nbs/52_formats.ipynb #4c6b3041
-def check_zip(form: PictureZip, path: Path, found: Problems):
+# %% ../nbs/52_formats.ipynb #6a1b23bc
+def check_zip(codec: PictureZip, path: Path, found: Problems):
     "Name what is wrong with a zip of pictures"
-    wanted, seen = form.names, set()
+    wanted, seen = codec.names, set()
     with open_zip(path) as file:
         for name in file.namelist():
             if re.search(r"[/\\:]|^\.\.?$", name): found.add(f"'{name}' is in a folder: the zip must be flat")
@@ -346,17 +346,17 @@ def check_zip(form: PictureZip, path: Path, found: Problems):
             elif name in seen: found.add(f"'{name}' is in the zip twice")
             else:
                 seen.add(name)
-                if fault := picture_fault(form, file, name): found.add(f"'{name}' ('{wanted[name]}'): {fault}")
+                if fault := picture_fault(codec, file, name): found.add(f"'{name}' ('{wanted[name]}'): {fault}")
     for name in wanted:
         if name not in seen: found.add(f"'{name}' ('{wanted[name]}') is missing")
 
-# %% ../nbs/52_formats.ipynb #eb5e22a0
-def picture_fault(form: PictureZip, file: zipfile.ZipFile, name: str) -> str:
+# %% ../nbs/52_formats.ipynb #54a81fa3
+def picture_fault(codec: PictureZip, file: zipfile.ZipFile, name: str) -> str:
     "Why a member is no mask; '' when it is one"
     try: picture = read_png(member_bytes(file, name), "it")
     except ValueError as error: return str(error)
     if picture.mode != "L": return f"a picture of mode {picture.mode}, it must be 8-bit grey (L)"
-    return array_fault(np.asarray(picture), form.layout.size(form.names[name]), form.layout.n_values)
+    return array_fault(np.asarray(picture), codec.layout.size(codec.names[name]), codec.layout.n_values)
 
 # %% ../nbs/52_formats.ipynb #a190bd71
 class Note:
@@ -448,7 +448,7 @@ def read_joblib(path: str | Path) -> list[tuple]:
         said = str(error) if isinstance(error, ValueError) else "its instructions make no sense"
         raise SegnbError(f"this is not a dict of arrays as joblib.dump writes it (uncompressed): {said}") from None
 
-# %% ../nbs/52_formats.ipynb #ea68fae8
+# %% ../nbs/52_formats.ipynb #12003b3e
 class ArrayPickle:
     "wildfire: joblib.dump of {file name: uint8 array}; the one format that needs all masks at once"
     suffix, needs_size = ".pkl", False
@@ -459,7 +459,7 @@ class ArrayPickle:
         "Write a dict in the order of the test files"
         with open(part, "wb") as file: joblib.dump({image_id: np.array(mask, np.uint8) for image_id, mask in masks}, file, protocol=4)
 
-def pickle_index(form: ArrayPickle, path: Path) -> dict[str, np.ndarray]:
+def pickle_index(codec: ArrayPickle, path: Path) -> dict[str, np.ndarray]:
     "Image id -> array"
     pairs = read_joblib(path)
     for name, _ in pairs:
@@ -467,17 +467,17 @@ def pickle_index(form: ArrayPickle, path: Path) -> dict[str, np.ndarray]:
     if len(dict(pairs)) < len(pairs): raise SegnbError("a key is in the dict twice")
     return dict(pairs)
 
-def pickle_mask(form: ArrayPickle, path: Path, image_id: str, array: np.ndarray) -> np.ndarray:
+def pickle_mask(codec: ArrayPickle, path: Path, image_id: str, array: np.ndarray) -> np.ndarray:
     "A copy of one array"
     if not isinstance(array, np.ndarray) or array.dtype != np.uint8: raise ValueError(f"{_kind(array)}, it must be an array of uint8")
     return array.copy()
 
 def _kind(value): return f"an array of {value.dtype}" if isinstance(value, np.ndarray) else f"a {type(value).__name__}"
 
-# %% ../nbs/52_formats.ipynb #492a21af
-def check_pickle(form: ArrayPickle, path: Path, found: Problems):
+# %% ../nbs/52_formats.ipynb #ce07195d
+def check_pickle(codec: ArrayPickle, path: Path, found: Problems):
     "Name what is wrong with a dict of arrays"
-    sizes, seen = form.layout.sizes, set()
+    sizes, seen = codec.layout.sizes, set()
     for name, array in read_joblib(path):
         if not isinstance(name, str): found.add(f"key {name} is not text: keys are file names")
         elif name not in sizes: found.add(f"'{name}' is not one of the test images")
@@ -485,19 +485,19 @@ def check_pickle(form: ArrayPickle, path: Path, found: Problems):
         else:
             seen.add(name)
             plain = isinstance(array, np.ndarray) and array.dtype == np.uint8
-            fault = array_fault(array, sizes[name], form.layout.n_values) if plain else f"{_kind(array)}, it must be an array of uint8"
+            fault = array_fault(array, sizes[name], codec.layout.n_values) if plain else f"{_kind(array)}, it must be an array of uint8"
             if fault: found.add(f"'{name}': {fault}")
     for name in sizes:
         if name not in seen: found.add(f"'{name}' is missing")
 
-# %% ../nbs/52_formats.ipynb #298a3d97
+# %% ../nbs/52_formats.ipynb #656e5340
 @dataclass(frozen=True)
 class Format:
     "How one kind of submission is written, opened, read and checked"
-    form: type         # made from a `Layout`; writes
-    index: Callable    # (form, path) -> {image id: place}
-    mask: Callable     # (form, path, image id, place) -> mask
-    check: Callable    # (form, path, problems)
+    codec: type        # made from a `Layout`; writes
+    index: Callable    # (codec, path) -> {image id: place}
+    mask: Callable     # (codec, path, image id, place) -> mask
+    check: Callable    # (codec, path, problems): adds what is wrong to the problems
 
 FORMATS = {"rle_csv": Format(RleTable, table_index, table_mask, check_table),
            "class_csv": Format(ClassTable, table_index, table_mask, check_table),
@@ -507,4 +507,4 @@ FORMATS = {"rle_csv": Format(RleTable, table_index, table_mask, check_table),
 
 def submission_suffix(recipe: Recipe) -> str:
     "`.csv`, `.zip` or `.pkl`"
-    return FORMATS[recipe.submit.format].form.suffix
+    return FORMATS[recipe.submit.format].codec.suffix
