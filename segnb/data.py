@@ -90,13 +90,13 @@ def read_bytes(path: Path, missing: str = "missing-file") -> bytes:
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError): raise Fault(missing, path, "there is no such file") from None
     except OSError as error: raise Fault("unreadable", path, error.strerror or str(error)) from None
 
-# %% ../nbs/02_data.ipynb #061f0098
+# %% ../nbs/02_data.ipynb #9d46b24f
 def read_table(path: str | Path,            # a CSV with a header
                columns: Iterable[str] = (),  # which must be there
               ) -> pd.DataFrame:            # text in every cell
     "A CSV as text; `Fault` names the file or the column that is not there"
-    text = decode_text(read_bytes(path, "missing-table"), path)
-    try: table = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False)
+    data = decode_text(read_bytes(path, "missing-table"), path).encode()    # as bytes: a StringIO would keep four for each character
+    try: table = pd.read_csv(io.BytesIO(data), dtype=str, keep_default_na=False)
     except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
         raise Fault("table-unreadable", path, " ".join(str(error).split())) from None
     table.columns = [nfc(str(name)).strip() for name in table.columns]

@@ -93,7 +93,7 @@ def spill_vote(start: np.ndarray, length: np.ndarray,  # as written
     from_zero = np.count_nonzero(long & ((start + length - 1) % line == 0))       # read from 0, they end with the first pixel of a line
     return int(np.sign(from_zero - from_one))
 
-# %% ../nbs/02_dialect.ipynb #f6431330
+# %% ../nbs/02_dialect.ipynb #2ee0cacc
 def outline_length(mask: np.ndarray) -> int:  # (H, W)
     "Neighbouring pixels of `mask` that differ"
     return np.count_nonzero(mask[1:] != mask[:-1]) + np.count_nonzero(mask[:, 1:] != mask[:, :-1])
@@ -105,18 +105,18 @@ def edge_strength(mask: np.ndarray,   # (H, W)
     total = 0.
     for part, rest in ((np.s_[1:], np.s_[:-1]), (np.s_[:, 1:], np.s_[:, :-1])):
         edge = (mask[part] != mask[rest]).view(np.uint8)
-        if edge.size: total += cv2.sumElems(cv2.absdiff(np.ascontiguousarray(image[part]), np.ascontiguousarray(image[rest])) * edge)[0]
+        if edge.size: total += cv2.sumElems(cv2.absdiff(image[part], image[rest]) * edge)[0]
     return total
 
-# %% ../nbs/02_dialect.ipynb #dda23b99
-def order_vote(texts: dict[str, np.ndarray],  # order -> the mask read in it
+# %% ../nbs/02_dialect.ipynb #c8e1ea64
+def order_vote(masks: dict[str, np.ndarray],  # order -> the mask read in it
                image: np.ndarray,             # (H, W, C) the picture
               ) -> tuple[int, str]:           # 1: along rows, -1: down columns, 0: no sign; by what
     "Which order makes more sense of a mask"
-    rows, columns = texts["C"], texts["F"]
+    rows, columns = masks["C"], masks["F"]
     if rows.shape[0] != rows.shape[1]: return int(np.sign(outline_length(columns) - outline_length(rows))), "outline"
     band = image[..., image.shape[2] // 2]                   # green of a photograph
-    band = band if band.dtype in (np.uint8, np.uint16, np.float32) else band.astype(np.float32)
+    band = np.ascontiguousarray(band, band.dtype if band.dtype in (np.uint8, np.uint16, np.float32) else np.float32)
     return int(np.sign(edge_strength(rows, band) - edge_strength(columns, band))), "picture"
 
 # %% ../nbs/02_dialect.ipynb #fbe7c0a4
