@@ -7,9 +7,10 @@ __all__ = ['FINDINGS', 'SAMPLES', 'SUFFIXES', 'CHECKS', 'SEVERITIES', 'Look', 'c
            'look_at_image', 'is_measured', 'class_areas', 'outline_findings', 'check_rle', 'check_coco',
            'check_polygons', 'check_mask_file', 'palette_colors', 'look_at_mask', 'look_at', 'coco_findings',
            'repeated', 'blank_findings', 'repeat_findings', 'layout_findings', 'nodata_findings', 'class_names',
-           'mask_findings', 'summarize', 'Report', 'columns', 'fill', 'group_lines', 'summary_lines', 'examine', 'once']
+           'mask_findings', 'summarize', 'learn_dialect', 'dialect_lines', 'Report', 'columns', 'fill', 'group_lines',
+           'summary_lines', 'examine', 'once']
 
-# %% ../nbs/02_doctor.ipynb #ebe958a5
+# %% ../nbs/02_doctor.ipynb #62760634
 import hashlib, io, json, os, unicodedata
 from collections import Counter
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any, Iterable, NamedTuple
 import numpy as np
 from PIL import Image
 from .data import FINDINGS, Fault, Kind, decode_image, finding, list_samples, load_coco, nfc, read_bytes, read_header, read_labels, read_mask
+from .dialect import Learned, Signs, dialect_findings, hint_columns, learn_rle_csv, learn_sample, mask_signs, shown, unusual_findings
 from .files import parallel_map
 from .masks import polygon_fault, polygon_points
 from .recipe import Recipe, load_recipe
@@ -35,7 +37,7 @@ FINDINGS |= {
     "wrong-suffix": Kind("note", "a file is not what its suffix says", "Nothing: it is read as what it is"),
 }
 
-# %% ../nbs/02_doctor.ipynb #97ef3196
+# %% ../nbs/02_doctor.ipynb #a53c0808
 class Look(NamedTuple):
     "What one image shows"
     findings: list[dict]
@@ -51,6 +53,7 @@ class Look(NamedTuple):
     zeros: float = 0.              # share of pixels that are zero in some but not every band
     areas: np.ndarray | None = None  # pixels of each class, the last one ignored; None: no mask
     colors: dict = {}              # index -> colour, of a mask with a palette
+    signs: Signs | None = None     # of the dialect of a run-length mask
 
 # %% ../nbs/02_doctor.ipynb #8f92a7f8
 SAMPLES = 2**14   # pixels that percentiles are taken of
@@ -70,7 +73,7 @@ def zero_shares(image: np.ndarray,  # (H, W, C)
     every = float(np.mean(zeros == image.shape[2]))
     return every, float(np.mean(zeros > 0)) - every
 
-# %% ../nbs/02_doctor.ipynb #9c88e45b
+# %% ../nbs/02_doctor.ipynb #d849a96e
 SUFFIXES = {"JPEG": (".jpg", ".jpeg"), "PNG": (".png",), "TIFF": (".tif", ".tiff"), "BMP": (".bmp",), "WEBP": (".webp",), "GIF": (".gif",)}
 
 def header_findings(recipe: Recipe, row: dict, data: bytes) -> Iterable[dict]:
@@ -86,21 +89,21 @@ def header_findings(recipe: Recipe, row: dict, data: bytes) -> Iterable[dict]:
         alpha = np.asarray(Image.open(io.BytesIO(data)).convert("RGBA"))[..., 3]
         if alpha.min() < 255: yield finding("transparent", name, f"{np.mean(alpha < 255):.1%} of its pixels")
 
-def look_at_image(recipe: Recipe, row: dict) -> Look:
-    "Decode an image and take its measures"
+def look_at_image(recipe: Recipe, row: dict) -> tuple[Look, np.ndarray | None]:
+    "Decode an image and take its measures; the pixels, if there are any"
     path, found = recipe.data.root / row["image"], []
     try:
         data = read_bytes(path)
         image = decode_image(data, row["image"], recipe.data.bands)
         found += header_findings(recipe, row, data)
-    except Fault as fault: return Look([fault.finding | dict(file=row["image"])], row)
+    except Fault as fault: return Look([fault.finding | dict(file=row["image"])], row), None
     if image.dtype.kind == "f" and not (finite := np.isfinite(image)).all():
         found.append(finding("not-finite", row["image"], f"{np.mean(~finite):.1%} of its values"))
         image = np.where(finite, image, 0)
     low, high = contrast(image)
     every, some = zero_shares(image) if is_measured(image) else (0., 0.)
     return Look(found, row, read_header(path).mode, (image.shape[2], str(image.dtype)), hashlib.blake2b(image, digest_size=16).digest(), low, high,
-                float(image.max()), bool((image == image[:1, :1]).all()), every, some)
+                float(image.max()), bool((image == image[:1, :1]).all()), every, some), image
 
 def is_measured(image: np.ndarray) -> bool:
     "Whether zero means no data: in pictures of 8 bits it is only black"
@@ -171,7 +174,7 @@ def palette_colors(path: Path) -> dict[int, tuple]:
         palette = np.array(picture.getpalette("RGB")).reshape(-1, 3)
         return {int(n): tuple(palette[n].tolist()) for n in np.unique(picture) if n < len(palette)}
 
-# %% ../nbs/02_doctor.ipynb #bc5209d0
+# %% ../nbs/02_doctor.ipynb #8eae8927
 def look_at_mask(recipe: Recipe, row: dict) -> tuple[list[dict], np.ndarray | None, dict]:
     "Findings, pixels of each class, colours of the palette"
     found, colors = [], {}
@@ -187,10 +190,11 @@ def look_at_mask(recipe: Recipe, row: dict) -> tuple[list[dict], np.ndarray | No
 
 def look_at(recipe: Recipe, row: dict) -> Look:
     "Everything about one row"
-    look = look_at_image(recipe, row)
+    look, image = look_at_image(recipe, row)
     if row["split"] == "test": return look
     found, areas, colors = look_at_mask(recipe, row)
-    return look._replace(findings=look.findings + found, areas=areas, colors=colors)
+    signs = mask_signs(recipe, row, image) if recipe.data.format == "rle_csv" and image is not None else None
+    return look._replace(findings=look.findings + found, areas=areas, colors=colors, signs=signs)
 
 # %% ../nbs/02_doctor.ipynb #7e813d40
 FINDINGS |= {
@@ -294,6 +298,27 @@ def summarize(recipe: Recipe, rows: list[dict], looks: list[Look], blank: int) -
         masks=len(areas), mask_pixels=sum(look.row["height"] * look.row["width"] for look in looks if look.areas is not None), empty_masks=sum(found["code"] == "empty-mask" for look in looks for found in look.findings),
         classes=dict(zip(class_names(recipe), total)), ignored_pixels=total[-1])
 
+# %% ../nbs/02_doctor.ipynb #76333bfa
+def learn_dialect(recipe: Recipe, looks: list[Look], n_tests: int) -> tuple[list[Learned], list[dict], dict]:
+    "What the files say of the recipe's keys, where the recipe disagrees, and how many masks came back the same"
+    seen = [look for look in looks if look.signs is not None]
+    signs = [look.signs for look in seen]
+    if recipe.data.format == "rle_csv": learned, found = learn_rle_csv(recipe, signs), list(unusual_findings(recipe, [look.row for look in seen], signs))
+    else:
+        try: learned, found = learn_sample(recipe, n_tests)
+        except Fault as fault: learned, found = [], [fault.finding]
+    trips = dict(masks=len(signs), same_text=sum(sign.same and not sign.unusual for sign in signs), same_mask=sum(sign.same for sign in signs))
+    return learned, [*found, *dialect_findings(learned)], trips
+
+def dialect_lines(summary: dict) -> list[str]:
+    "What was learned, a line for each key"
+    trips, lines = summary["round_trips"], []
+    for known in summary["dialect"]:
+        told = f"{shown(known['value'])} ({known['evidence']})" if known["value"] is not None else f"cannot be told ({known['evidence']}), the recipe says {shown(known['asked'])}"
+        lines.append(f"learned: {known['key']} {told}")
+    if trips["masks"]: lines.append(f"round trip: {trips['same_text']} of {trips['masks']} masks give the same text, {trips['same_mask']} the same mask")
+    return lines
+
 # %% ../nbs/02_doctor.ipynb #545b04f0
 SEVERITIES = ("error", "warning", "note")
 
@@ -338,7 +363,7 @@ def fill(text: str, width: int, indent: int = 0, hang: int = 0) -> str:
                 line, word = word[:fit], word[fit:]
     return "\n".join(" " * (indent + (hang if n else 0)) + line for n, line in enumerate([*lines, line]))
 
-# %% ../nbs/02_doctor.ipynb #cf65533e
+# %% ../nbs/02_doctor.ipynb #545d52f2
 def group_lines(group: list[dict],  # findings of one code
                 width: int, examples: int) -> str:
     "One code: how bad, how often, what, where, what to do"
@@ -359,14 +384,15 @@ def summary_lines(report: Report, width: int) -> str:
     lines += [f"{split}: {n} images, height x width {often(s['sizes'][split])}" for split, n in s["images"].items()]
     lines += [f"pixels: {often(s['modes'])}; up to {s['largest_value']:g}; blank images {s['blank_share']:.1%}, no data {s['nodata_share']:.1%}"]
     lines += [f"masks: {s['masks']} read, {s['empty_masks']} of them empty; " + ", ".join(f"{name} {n / pixels:.1%}" for name, n in s["classes"].items())]
-    return "\n".join(fill(line, width, 0, 2) for line in lines)
+    return "\n".join(fill(line, width, 0, 2) for line in lines + dialect_lines(s))
 
-# %% ../nbs/02_doctor.ipynb #5a174a8d
+# %% ../nbs/02_doctor.ipynb #2bf44973
 def examine(recipe: Recipe,
             workers: int | None = None,  # threads; None: one a CPU, up to eight
            ) -> Report:
     "Look at every file. `DataError` where a folder or a table of the recipe is missing altogether"
-    listing = list_samples(recipe)
+    try: listing = list_samples(recipe)
+    except Fault as fault: raise hint_columns(recipe, fault) if fault.finding["code"] == "missing-column" else fault from None
     rows = [row for row in listing.rows if row["height"]]
     workers = min(8, os.cpu_count() or 1) if workers is None else workers
     looks = list(parallel_map(lambda row: look_at(recipe, row), rows, workers, "examining"))
@@ -375,7 +401,9 @@ def examine(recipe: Recipe,
     found = [*listing.findings, *(found for look in looks for found in look.findings), *blank, *repeat_findings(seen),
              *layout_findings(seen, recipe.data.scale), *nodata_findings(seen), *mask_findings(looks, recipe)]
     for file in recipe.data.train if recipe.data.format == "coco" else (): found += coco_findings(recipe, file)
-    return Report(recipe.name, once(found, recipe.data.root), summarize(recipe, listing.rows, seen, len(blank)))
+    learned, odd, trips = learn_dialect(recipe, looks, sum(row["split"] == "test" for row in listing.rows))
+    summary = summarize(recipe, listing.rows, seen, len(blank)) | dict(dialect=[known.to_dict() for known in learned], round_trips=trips)
+    return Report(recipe.name, once(found + odd, recipe.data.root), summary)
 
 def once(findings: list[dict], root: Path) -> list[dict]:
     "Each problem once, its file relative to `root`, worst first, the codes together"

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['LARGEST', 'HARMLESS', 'STEPS', 'FORMATS', 'Layout', 'wanted_layout', 'resize_nearest', 'fit_mask', 'Problems',
-           'table_rows', 'split_row', 'Table', 'RleTable', 'ClassTable', 'LabelTable', 'columns_of', 'table_index',
-           'table_mask', 'check_table', 'check_order', 'PictureZip', 'open_zip', 'member_bytes', 'zip_index',
-           'zip_mask', 'array_fault', 'check_zip', 'picture_fault', 'Note', 'harmless', 'JoblibReader', 'stored_array',
-           'read_joblib', 'ArrayPickle', 'pickle_index', 'pickle_mask', 'check_pickle', 'Format', 'submission_suffix']
+           'table_rows', 'starts_with_bom', 'split_row', 'Table', 'RleTable', 'ClassTable', 'LabelTable', 'columns_of',
+           'table_index', 'table_mask', 'check_table', 'check_order', 'PictureZip', 'open_zip', 'member_bytes',
+           'zip_index', 'zip_mask', 'array_fault', 'check_zip', 'picture_fault', 'Note', 'harmless', 'JoblibReader',
+           'stored_array', 'read_joblib', 'ArrayPickle', 'pickle_index', 'pickle_mask', 'check_pickle', 'Format',
+           'submission_suffix']
 
-# %% ../nbs/52_formats.ipynb #f44adf52
-import csv, math, mmap, pickletools, re, zipfile
+# %% ../nbs/52_formats.ipynb #be55ccd9
+import codecs, csv, math, mmap, pickletools, re, zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ import joblib
 import numpy as np
 import pandas as pd
 
-from .data import read_samples
+from .data import SAMPLE_HEADERS, read_samples
+from .dialect import picture_name
 from .files import SegnbError, nearest
 from .masks import (index_png_decode, index_png_encode, ints_to_text, is_empty_token, read_png, rle_decode, rle_encode, rle_to_runs,
                          text_to_ints)
@@ -99,7 +101,7 @@ class Problems:
         more = lambda kind: [f"… and {len(kind) - self.limit} more like the last"] if len(kind) > self.limit else []
         return [text for kind in self.kinds.values() for text in [*kind[:self.limit], *more(kind)]]
 
-# %% ../nbs/52_formats.ipynb #25585db7
+# %% ../nbs/52_formats.ipynb #537eda77
 def table_rows(path: str | Path) -> Iterator[tuple[int, int, list[str]]]:
     "(row, its byte offset, its cells) of a CSV whose rows are lines; blank lines are passed over"
     offset = 0
@@ -107,6 +109,10 @@ def table_rows(path: str | Path) -> Iterator[tuple[int, int, list[str]]]:
         for row, line in enumerate(file, 1):
             if line.strip(): yield row, offset, split_row(line, row)
             offset += len(line)
+
+def starts_with_bom(path: str | Path) -> bool:
+    "Whether a text file begins with the byte order mark of UTF-8"
+    with open(path, "rb") as file: return file.read(3) == codecs.BOM_UTF8
 
 def split_row(line: bytes, row: int) -> list[str]:
     "Cells of one line of a CSV"
@@ -164,10 +170,10 @@ class RleTable(Table):
         except ValueError as error: return str(error)
         return ""
 
-# %% ../nbs/52_formats.ipynb #29e39d21
+# %% ../nbs/52_formats.ipynb #8cdd2cb4
 class ClassTable(Table):
     "trash: file name, one class number a pixel"
-    header = ("image_id", "PredictionString")
+    header = SAMPLE_HEADERS["class_csv"]
 
     def to_text(self, mask: np.ndarray) -> str: return ints_to_text(mask.ravel())
 
@@ -187,12 +193,12 @@ class ClassTable(Table):
         n, wrong = self.layout.n_values, values >= self.layout.n_values
         return f"number {wrong.argmax() + 1} is {values[wrong.argmax()]}, the classes are 0..{n - 1}" if wrong.any() else ""
 
-# %% ../nbs/52_formats.ipynb #fee6d013
+# %% ../nbs/52_formats.ipynb #70c29062
 class LabelTable(RleTable):
     "handbone: name, label, run lengths; one row a label"
     def __init__(self, layout: Layout):
         super().__init__(layout)
-        self.header = ("image_name", "class", "rle")
+        self.header = SAMPLE_HEADERS["label_rle_csv"]
 
     def keys(self, image_id: str) -> list[tuple]: return [(image_id, label) for label in self.layout.recipe.classes]
 
@@ -231,11 +237,12 @@ def table_mask(table: Table, path: Path, image_id: str, offsets: dict[tuple, int
             texts.append(split_row(file.readline(), 2)[table.value])
     return table.decode(texts, table.layout.size(image_id))
 
-# %% ../nbs/52_formats.ipynb #31399e20
+# %% ../nbs/52_formats.ipynb #56175d73
 def check_table(table: Table, path: Path, found: Problems):
     "Name what is wrong with a CSV"
     rows, first = table_rows(path), {}
     _, _, header = next(rows, (1, 0, []))
+    if starts_with_bom(path): found.add("row 1 begins with a byte order mark, which some readers take for a part of the header: save the file as plain UTF-8")
     try: *places, value = columns_of(header, table.header)
     except SegnbError as error: return found.add(str(error))
     if tuple(header) != table.header: found.add(f"the header is '{','.join(header)}', it must be '{','.join(table.header)}'")
@@ -270,14 +277,14 @@ def check_order(wanted: list[tuple],     # keys in the order of the submission
     if wrong: found.add(f"row {there[wrong[0][0]]}: '{' '.join(wrong[0][0])}' stands where '{' '.join(wrong[0][1])}' belongs, and {len(wrong)} "
                         "rows in all are out of order: it must be that of the test files")
 
-# %% ../nbs/52_formats.ipynb #398f9ceb
+# %% ../nbs/52_formats.ipynb #3dc8b2ff
 class PictureZip:
     "indoor: test_0000.png … of class indices, flat"
     suffix, needs_size = ".zip", False
 
     def __init__(self, layout: Layout):
         self.layout = layout
-        self.names = {f"test_{n:04d}.png": image_id for n, image_id in enumerate(layout.ids)}   # member name -> image id
+        self.names = {picture_name(n): image_id for n, image_id in enumerate(layout.ids)}   # member name -> image id
 
     def write(self, part: Path, masks: Iterable[tuple[str, np.ndarray]]):
         "Write members as the masks come"
@@ -287,7 +294,7 @@ class PictureZip:
                 entry.create_system, entry.external_attr = 3, 0o644 << 16
                 file.writestr(entry, index_png_encode(mask))
 
-# %% ../nbs/52_formats.ipynb #92e7b6e1
+# %% ../nbs/52_formats.ipynb #acb0e405
 LARGEST = 64 * 2**20   # bytes of a member: far more than a PNG of class indices has
 
 def open_zip(path: Path) -> zipfile.ZipFile:
@@ -297,22 +304,25 @@ def open_zip(path: Path) -> zipfile.ZipFile:
 
 def member_bytes(file: zipfile.ZipFile, name: str) -> bytes:
     "Content of a member; a `ValueError` when it is damaged or absurdly large"
-    if file.getinfo(name).file_size > LARGEST: raise ValueError(f"it claims to be {file.getinfo(name).file_size} bytes")
+    entry = file.getinfo(name)
+    if entry.file_size > LARGEST: raise ValueError(f"it claims to be {entry.file_size} bytes")
+    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"it is compressed in a way that not every reader knows ({zipfile.compressor_names.get(entry.compress_type, entry.compress_type)}): zip it again by deflate")
     try: return file.read(name)
     except Exception as error: raise ValueError(f"it cannot be read from the zip ({error})") from None   # zipfile raises eight kinds
 
-# %% ../nbs/52_formats.ipynb #2e3c2e17
-def zip_index(form: PictureZip, path: Path) -> dict[str, str]:
+# %% ../nbs/52_formats.ipynb #15817f1a
+def zip_index(codec: PictureZip, path: Path) -> dict[str, str]:
     "Image id (member name where the test files are not known) -> member name"
-    form.file = open_zip(path)
-    members = form.file.namelist()
+    codec.file = open_zip(path)
+    members = codec.file.namelist()
     for name, n in Counter(members).items():
         if n > 1: raise SegnbError(f"'{name}' is in the zip {n} times")
-    return {form.names.get(name, name): name for name in members}
+    return {codec.names.get(name, name): name for name in members}
 
-def zip_mask(form: PictureZip, path: Path, image_id: str, name: str) -> np.ndarray:
+def zip_mask(codec: PictureZip, path: Path, image_id: str, name: str) -> np.ndarray:
     "The mask of one image"
-    return index_png_decode(member_bytes(form.file, name), name=f"'{name}'")
+    return index_png_decode(member_bytes(codec.file, name), name=f"'{name}'")
 
 # %% ../nbs/52_formats.ipynb #6ea391f6
 def array_fault(mask: np.ndarray, size: tuple[int, int], n_values: int) -> str:
@@ -325,10 +335,10 @@ def array_fault(mask: np.ndarray, size: tuple[int, int], n_values: int) -> str:
     row, column = wrong[0]
     return f"class {mask[row, column]} at row {row}, column {column}, the classes are 0..{n_values - 1}"
 
-# %% ../nbs/52_formats.ipynb #4c6b3041
-def check_zip(form: PictureZip, path: Path, found: Problems):
+# %% ../nbs/52_formats.ipynb #6a1b23bc
+def check_zip(codec: PictureZip, path: Path, found: Problems):
     "Name what is wrong with a zip of pictures"
-    wanted, seen = form.names, set()
+    wanted, seen = codec.names, set()
     with open_zip(path) as file:
         for name in file.namelist():
             if re.search(r"[/\\:]|^\.\.?$", name): found.add(f"'{name}' is in a folder: the zip must be flat")
@@ -336,17 +346,17 @@ def check_zip(form: PictureZip, path: Path, found: Problems):
             elif name in seen: found.add(f"'{name}' is in the zip twice")
             else:
                 seen.add(name)
-                if fault := picture_fault(form, file, name): found.add(f"'{name}' ('{wanted[name]}'): {fault}")
+                if fault := picture_fault(codec, file, name): found.add(f"'{name}' ('{wanted[name]}'): {fault}")
     for name in wanted:
         if name not in seen: found.add(f"'{name}' ('{wanted[name]}') is missing")
 
-# %% ../nbs/52_formats.ipynb #eb5e22a0
-def picture_fault(form: PictureZip, file: zipfile.ZipFile, name: str) -> str:
+# %% ../nbs/52_formats.ipynb #54a81fa3
+def picture_fault(codec: PictureZip, file: zipfile.ZipFile, name: str) -> str:
     "Why a member is no mask; '' when it is one"
     try: picture = read_png(member_bytes(file, name), "it")
     except ValueError as error: return str(error)
     if picture.mode != "L": return f"a picture of mode {picture.mode}, it must be 8-bit grey (L)"
-    return array_fault(np.asarray(picture), form.layout.size(form.names[name]), form.layout.n_values)
+    return array_fault(np.asarray(picture), codec.layout.size(codec.names[name]), codec.layout.n_values)
 
 # %% ../nbs/52_formats.ipynb #a190bd71
 class Note:
@@ -438,7 +448,7 @@ def read_joblib(path: str | Path) -> list[tuple]:
         said = str(error) if isinstance(error, ValueError) else "its instructions make no sense"
         raise SegnbError(f"this is not a dict of arrays as joblib.dump writes it (uncompressed): {said}") from None
 
-# %% ../nbs/52_formats.ipynb #fcdb18a8
+# %% ../nbs/52_formats.ipynb #12003b3e
 class ArrayPickle:
     "wildfire: joblib.dump of {file name: uint8 array}; the one format that needs all masks at once"
     suffix, needs_size = ".pkl", False
@@ -449,23 +459,25 @@ class ArrayPickle:
         "Write a dict in the order of the test files"
         with open(part, "wb") as file: joblib.dump({image_id: np.array(mask, np.uint8) for image_id, mask in masks}, file, protocol=4)
 
-def pickle_index(form: ArrayPickle, path: Path) -> dict[str, np.ndarray]:
+def pickle_index(codec: ArrayPickle, path: Path) -> dict[str, np.ndarray]:
     "Image id -> array"
     pairs = read_joblib(path)
+    for name, _ in pairs:
+        if not isinstance(name, str): raise SegnbError(f"key {name} is not text: keys are file names")
     if len(dict(pairs)) < len(pairs): raise SegnbError("a key is in the dict twice")
     return dict(pairs)
 
-def pickle_mask(form: ArrayPickle, path: Path, image_id: str, array: np.ndarray) -> np.ndarray:
+def pickle_mask(codec: ArrayPickle, path: Path, image_id: str, array: np.ndarray) -> np.ndarray:
     "A copy of one array"
     if not isinstance(array, np.ndarray) or array.dtype != np.uint8: raise ValueError(f"{_kind(array)}, it must be an array of uint8")
     return array.copy()
 
 def _kind(value): return f"an array of {value.dtype}" if isinstance(value, np.ndarray) else f"a {type(value).__name__}"
 
-# %% ../nbs/52_formats.ipynb #492a21af
-def check_pickle(form: ArrayPickle, path: Path, found: Problems):
+# %% ../nbs/52_formats.ipynb #ce07195d
+def check_pickle(codec: ArrayPickle, path: Path, found: Problems):
     "Name what is wrong with a dict of arrays"
-    sizes, seen = form.layout.sizes, set()
+    sizes, seen = codec.layout.sizes, set()
     for name, array in read_joblib(path):
         if not isinstance(name, str): found.add(f"key {name} is not text: keys are file names")
         elif name not in sizes: found.add(f"'{name}' is not one of the test images")
@@ -473,19 +485,19 @@ def check_pickle(form: ArrayPickle, path: Path, found: Problems):
         else:
             seen.add(name)
             plain = isinstance(array, np.ndarray) and array.dtype == np.uint8
-            fault = array_fault(array, sizes[name], form.layout.n_values) if plain else f"{_kind(array)}, it must be an array of uint8"
+            fault = array_fault(array, sizes[name], codec.layout.n_values) if plain else f"{_kind(array)}, it must be an array of uint8"
             if fault: found.add(f"'{name}': {fault}")
     for name in sizes:
         if name not in seen: found.add(f"'{name}' is missing")
 
-# %% ../nbs/52_formats.ipynb #298a3d97
+# %% ../nbs/52_formats.ipynb #656e5340
 @dataclass(frozen=True)
 class Format:
     "How one kind of submission is written, opened, read and checked"
-    form: type         # made from a `Layout`; writes
-    index: Callable    # (form, path) -> {image id: place}
-    mask: Callable     # (form, path, image id, place) -> mask
-    check: Callable    # (form, path, problems)
+    codec: type        # made from a `Layout`; writes
+    index: Callable    # (codec, path) -> {image id: place}
+    mask: Callable     # (codec, path, image id, place) -> mask
+    check: Callable    # (codec, path, problems): adds what is wrong to the problems
 
 FORMATS = {"rle_csv": Format(RleTable, table_index, table_mask, check_table),
            "class_csv": Format(ClassTable, table_index, table_mask, check_table),
@@ -495,4 +507,4 @@ FORMATS = {"rle_csv": Format(RleTable, table_index, table_mask, check_table),
 
 def submission_suffix(recipe: Recipe) -> str:
     "`.csv`, `.zip` or `.pkl`"
-    return FORMATS[recipe.submit.format].form.suffix
+    return FORMATS[recipe.submit.format].codec.suffix

@@ -52,9 +52,9 @@ class Stage:
     reuses: bool = False           # its next run keeps files of the last one
     within: str = ""               # it is a part of this stage
 
-# %% ../nbs/09_pipeline.ipynb #f42b4d3f
+# %% ../nbs/09_pipeline.ipynb #d9649378
 STAGES = {stage.name: stage for stage in (
-    Stage("check", "", (), "task classes data", "all", "doctor.json samples.parquet"),
+    Stage("check", "", (), "task classes data submit", "all", "doctor.json samples.parquet"),
     Stage("folds", "", ("check",), "task classes data folds seed", "train", "folds.csv", within="check"),
     Stage("eda", "10_eda", ("check", "folds"), "task classes data folds seed", "train test", "eda/**/*"),
     Stage("augment", "20_augment", ("folds",), "task classes data augment mixing seed", "train", "augment/**/*"),

@@ -37,7 +37,7 @@ class Named(BaseModel):
     @property
     def options(self) -> dict: return dict(self.model_extra or {})
 
-# %% ../nbs/00_recipe.ipynb #416ac402
+# %% ../nbs/00_recipe.ipynb #88bb3794
 class Data(Section):
     "What every raw layout has"
     root: Path                                                    # the organiser's folder
@@ -47,14 +47,14 @@ class Data(Section):
     ignore_index: int | None = Field(None, ge=0, le=255)          # mask value that no loss and no metric looks at
     exclude: list[str] = []                                       # image ids left out of training
     cache: Path | None = None                                     # where decoded images are kept; null: `.pack` beside the run
+    sample_submission: str = "sample_submission.csv"              # the organiser's example, where there is one: ids, order, empty masks
 
-# %% ../nbs/00_recipe.ipynb #1d3b737a
+# %% ../nbs/00_recipe.ipynb #360d4b1e
 class RleCsv(Data):
     "Tables of image paths and run-length masks"
     format: Literal["rle_csv"] = "rle_csv"
     train: str = "train.csv"
     test: str = "test.csv"
-    sample_submission: str = "sample_submission.csv"
     id_column: str = "img_id"
     image_column: str = "img_path"
     mask_column: str = "mask_rle"
@@ -68,10 +68,11 @@ class Coco(Data):
     test: str = "test.json"
     overlap: Literal["max_id", "later", "smaller"] = "max_id"   # who wins where polygons overlap
 
-# %% ../nbs/00_recipe.ipynb #d035a9a8
+# %% ../nbs/00_recipe.ipynb #8f242200
 class IndexPng(Data):
     "A mask PNG beside each image, paired by stem"
     format: Literal["index_png"] = "index_png"
+    sample_submission: str = "sample_submission.zip"
     train_images: str = "train/images"
     train_masks: str = "train/masks"
     test_images: str = "test/images"
@@ -87,6 +88,7 @@ class PolygonJson(Data):
 class Tiff(Data):
     "Multi-band TIFF images and masks"
     format: Literal["tiff"] = "tiff"
+    sample_submission: str = "sample_submission.pkl"
     train_images: str = "train_img"
     train_masks: str = "train_mask"
     test_images: str = "test_img"

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Masks', 'CHECKED', 'in_order', 'write_submission', 'Submission', 'read_submission', 'validate_submission',
-           'check_sample', 'mask_shares', 'check_written', 'make_submission', 'report_of', 'score_submission',
-           'score_counts', 'choose_images', 'submission_pictures']
+           'sample_ids', 'check_sample', 'pixel_shares', 'check_written', 'make_submission', 'report_of',
+           'score_submission', 'score_counts', 'choose_images', 'submission_pictures']
 
 # %% ../nbs/50_submit.ipynb #715083ff
 from collections.abc import Iterable, Iterator, Mapping
@@ -50,7 +50,7 @@ def _same_ids(wanted, there):
             ((missing, "test images have no mask"), (extra, "masks belong to no test image")) if names]
     raise SegnbError(" and ".join(said).capitalize() + ". A submission holds every test image once: predict them again.")
 
-# %% ../nbs/50_submit.ipynb #97fabbd6
+# %% ../nbs/50_submit.ipynb #f78d0a44
 def write_submission(recipe: Recipe,
                      masks: Masks,                         # image id -> mask, or pairs in the order of the test files
                      path: str | Path,
@@ -60,19 +60,19 @@ def write_submission(recipe: Recipe,
     "Write `masks` as the organiser of `recipe` wants them, whole or not at all; equal masks give equal bytes"
     layout = wanted_layout(recipe, samples)
     try:
-        with atomic_path(path) as part: FORMATS[recipe.submit.format].form(layout).write(part, in_order(layout, masks, "writing"))
+        with atomic_path(path) as part: FORMATS[recipe.submit.format].codec(layout).write(part, in_order(layout, masks, "writing"))
     except OSError as error:
         raise SegnbError(f"{path} cannot be written ({error.strerror or error}): make room, or choose another folder.") from error
     return Path(path)
 
-# %% ../nbs/50_submit.ipynb #7f6313e5
+# %% ../nbs/50_submit.ipynb #e2ef5829
 class Submission(Mapping):
     "Masks of a submission by image id, decoded as they are asked for"
     def __init__(self, layout: Layout, path: str | Path):
         self.path, self.format = Path(path), FORMATS[layout.recipe.submit.format]
         if not self.path.is_file(): raise SegnbError(f"There is no submission at {self.path}.")
-        self.form = self.format.form(layout)
-        try: self.places = self.format.index(self.form, self.path)
+        self.codec = self.format.codec(layout)
+        try: self.places = self.format.index(self.codec, self.path)
         except SegnbError as error: raise SegnbError(f"{self.path}: {error}.") from None
 
     def __len__(self) -> int: return len(self.places)
@@ -84,10 +84,10 @@ class Submission(Mapping):
     def __getitem__(self, image_id: str) -> np.ndarray:
         "(H, W) uint8, or (H, W, C) where labels overlap"
         place = self.places[image_id]
-        try: return self.format.mask(self.form, self.path, image_id, place)
+        try: return self.format.mask(self.codec, self.path, image_id, place)
         except ValueError as error: raise SegnbError(f"{self.path}, '{image_id}': {error}.") from None
 
-# %% ../nbs/50_submit.ipynb #8f554ac7
+# %% ../nbs/50_submit.ipynb #db5f8507
 def read_submission(recipe: Recipe,
                     path: str | Path,
                     *,
@@ -97,44 +97,59 @@ def read_submission(recipe: Recipe,
     needed = samples is not None or recipe.submit.format == "png_zip" or not _sizes_known(recipe)
     return Submission(wanted_layout(recipe, samples) if needed else Layout(recipe, None), path)
 
-def _sizes_known(recipe): return recipe.submit.size is not None or not FORMATS[recipe.submit.format].form.needs_size
+def _sizes_known(recipe): return recipe.submit.size is not None or not FORMATS[recipe.submit.format].codec.needs_size
 
-# %% ../nbs/50_submit.ipynb #7ac01b3a
+# %% ../nbs/50_submit.ipynb #5df30d49
 def validate_submission(recipe: Recipe,
                         path: str | Path,
                         *,
                         samples: pd.DataFrame | None = None,  # table of all images; None: read from the organiser's files
                        ) -> list[str]:                        # problems; none: valid
     "Every problem of the submission at `path`, against the test files and sample_submission"
-    if not Path(path).is_file(): return [f"there is no file {path}"]
+    path = Path(path)
+    if not path.is_file(): return [f"there is no file {path}"]
     layout, found = wanted_layout(recipe, samples), Problems()
-    kind = FORMATS[recipe.submit.format]
-    for check in (lambda: kind.check(kind.form(layout), Path(path), found), lambda: check_sample(layout, found)):
+    kind, suffix = FORMATS[recipe.submit.format], submission_suffix(recipe)
+    if path.suffix != suffix: found.add(f"the file is called '{path.name}', the organiser wants a {suffix} file")
+    for check in (lambda: kind.check(kind.codec(layout), path, found), lambda: check_sample(layout, found)):
         try: check()
         except SegnbError as error: found.add(str(error))
     return found.texts()
 
-# %% ../nbs/50_submit.ipynb #069a5b5c
-def check_sample(layout: Layout, found: Problems):
-    "Name where sample_submission disagrees with the test files"
-    data = layout.recipe.data
-    path = inside(data.root, data.sample_submission) if data.format == layout.recipe.submit.format == "rle_csv" else None
-    if path is None or not path.is_file(): return
-    ids = read_table(path, [data.id_column, data.mask_column])[data.id_column].tolist()
-    if ids == layout.ids: return
-    where = next(n for n, (theirs, ours) in enumerate(zip_longest(ids, layout.ids)) if theirs != ours)
-    found.add(f"{path.name} and the test files disagree from row {where + 2} on: segnb check says more")
+# %% ../nbs/50_submit.ipynb #e69d22d8
+def sample_ids(layout: Layout, path: Path) -> list[str]:
+    "Image ids of sample_submission, in its order"
+    kind = FORMATS[layout.recipe.submit.format]
+    codec = kind.codec(layout)
+    if codec.suffix != ".csv": return list(kind.index(codec, path))
+    ids = read_table(path, codec.header)[codec.header[0]].tolist()
+    return ids if len(codec.keys("any")) == 1 else list(dict.fromkeys(ids))       # a row a label
 
-# %% ../nbs/50_submit.ipynb #5ef7fe79
-def mask_shares(mask: np.ndarray,  # (H, W) class indices, (H, W, C) 0/1 where labels overlap
-                recipe: Recipe,
-               ) -> np.ndarray:    # (n_classes,) float64
+def check_sample(layout: Layout, found: Problems):
+    "Name where sample_submission disagrees with the test files, in both directions"
+    data, suffix = layout.recipe.data, submission_suffix(layout.recipe)
+    path = inside(data.root, data.sample_submission)
+    if path.suffix != suffix or not path.is_file(): return
+    theirs, ours = sample_ids(layout, path), layout.ids
+    known = set(theirs)
+    if not theirs: return                                                          # a header alone says nothing
+    for names, said in (([name for name in theirs if name not in layout.sizes], "names what is no test image"),
+                        ([name for name in ours if name not in known], "lacks test images")):
+        if names: found.add(f"{path.name} {said}, {len(names)} times, '{names[0]}' first: segnb check says more")
+    if suffix == ".csv" and known == set(ours) and theirs != ours:
+        where = next(n for n, pair in enumerate(zip_longest(theirs, ours)) if pair[0] != pair[1])
+        found.add(f"{path.name} has another order than the test files, from '{theirs[where]}' on: segnb check says more")
+
+# %% ../nbs/50_submit.ipynb #dac9606d
+def pixel_shares(mask: np.ndarray,  # (H, W) class indices, (H, W, C) 0/1 where labels overlap
+                 recipe: Recipe,
+                ) -> np.ndarray:    # (n_classes,) float64
     "Share of the pixels that each class has; a binary task has one class, the foreground"
     if recipe.task == "multilabel": return np.array([np.count_nonzero(mask[..., c]) for c in range(mask.shape[2])]) / mask[..., 0].size
     if recipe.task == "binary": return np.array([np.count_nonzero(mask) / mask.size])
     return np.bincount(mask.ravel(), minlength=recipe.n_classes) / mask.size
 
-# %% ../nbs/50_submit.ipynb #5a4f275d
+# %% ../nbs/50_submit.ipynb #490098cf
 def check_written(recipe: Recipe,
                   path: str | Path,
                   masks: Masks,                         # what was meant
@@ -148,7 +163,7 @@ def check_written(recipe: Recipe,
         if image_id not in submission: raise SegnbError(f"{path} has no mask of '{image_id}': write it again.")
         again = submission[image_id]
         same = again.shape == meant.shape
-        rows.append([image_id, *again.shape[:2], np.count_nonzero(again != meant) if same else meant.size, *mask_shares(again, recipe)])
+        rows.append([image_id, *again.shape[:2], np.count_nonzero(again != meant) if same else meant.size, *pixel_shares(again, recipe)])
     return pd.DataFrame(rows, columns=["image_id", "height", "width", "differing", *(f"share of {name}" for name in recipe.classes)])
 
 # %% ../nbs/50_submit.ipynb #89ae1d7d

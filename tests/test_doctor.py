@@ -1,5 +1,5 @@
 """Every finding of the doctor is provoked on a handful of tiny files, and none of them on good ones."""
-import json
+import json, zipfile
 
 import cv2
 import numpy as np
@@ -107,7 +107,7 @@ PROVOKE = {}   # code -> (layout, what makes it wrong)
 def provokes(code, layout):
     "Register a function that spoils good files; it may return overrides of the recipe"
     def register(spoil):
-        PROVOKE[f"{code} {layout}" if code in PROVOKE else code] = layout, spoil
+        PROVOKE[f"{code} {layout}"] = layout, spoil
         return spoil
     return register
 
@@ -364,6 +364,41 @@ def _(layout): (layout.root / "train/images/2.png").write_bytes((layout.root / "
 
 @provokes("table-unreadable", "polygon_json")
 def _(layout): layout.text("train/outputs_json/ID0/i0_R.json", '{"annotations": [')
+
+@provokes("dialect-proven", "rle_csv")
+def _(layout): layout.text("sample_submission.csv", "img_id,mask_rle\nT0,\nT1,\n")
+
+@provokes("dialect-proven", "coco")
+def _(layout):
+    layout.text("sample_submission.csv", "image_id,PredictionString\nb/2.jpg,0 0 0 0\n")
+    return {"submit.size": 3}
+
+@provokes("dialect-proven", "polygon_json")
+def _(layout): layout.text("sample_submission.csv", "image_name,class,rle\ni9_L.png,Ulna,\ni9_L.png,Radius,\n")
+
+@provokes("dialect-likely", "rle_csv")
+def _(layout):
+    disk = rle_encode(cv2.circle(np.zeros((H, W), np.uint8), (7, 6), 4, 1, -1), order="F")
+    layout.text("train.csv", "img_id,img_path,mask_rle\n" + "".join(f"A{k},./train_img/train_{k % 3}.png,{disk}\n" for k in range(20)))
+
+@provokes("rle-unusual", "rle_csv")
+def _(layout): layout.text("train.csv", (layout.root / "train.csv").read_text() + "A9,./train_img/train_1.png,1 3 4 2\n")
+
+@provokes("sample-header", "coco")
+def _(layout): layout.text("sample_submission.csv", "id,PredictionString\nb/2.jpg,0 0 0 0\n")
+
+@provokes("sample-names", "index_png")
+def _(layout): zipped(layout, "test_0001.png")
+
+@provokes("dialect-proven", "index_png")
+def _(layout): zipped(layout, "test_0000.png")
+
+def zipped(layout, name):
+    layout.picture("mask.png", MASK)
+    with zipfile.ZipFile(layout.root / "sample_submission.zip", "w") as file: file.write(layout.root / "mask.png", name)
+
+@provokes("table-unreadable", "index_png")
+def _(layout): layout.text("sample_submission.zip", "no zip")
 
 
 RAISED = {   # without these there is nothing to examine

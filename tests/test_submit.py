@@ -1,5 +1,8 @@
-"""Every corruption of a submission is refused, with the reason; a file that is right stays right."""
-import io, zipfile
+"""Every corruption of a submission is refused, with the reason; a file that is right stays right.
+
+Two guards stand before an upload. `validate_submission` sees the file alone: `TABLES`, `ZIPS`, `PICKLES` and the broken files are what it must name. What is wrong in a file
+that is valid in itself (`MEANT`: the masks of two images swapped, runs counted from another base) only `make_submission` can see, which compares with what was meant."""
+import gzip, io, pickle, re, zipfile
 
 import cv2
 import joblib
@@ -10,6 +13,7 @@ from conftest import REAL
 from PIL import Image
 
 from segnb.data import read_samples
+import segnb.submit
 from segnb.files import SegnbError
 from segnb.formats import submission_suffix
 from segnb.recipe import load_recipe
@@ -72,6 +76,13 @@ ANY_TABLE = {
     "sorted": (lambda x: [x[0], *sorted(x[1:])], "out of order"),
     "cell too many": (lambda x: [*x[:-1], x[-1] + ",1"], "cells"),
     "cut in a row": (lambda x: [*x[:-1], x[-1][:3]], "cells"),
+    "column more": (lambda x: [x[0] + ",note", *(line + ",x" for line in x[1:])], "the header is"),
+    "value column lost": (lambda x: [line[:line.rindex(",")] for line in x], "is not there once"),
+    "byte order mark": (lambda x: ["\ufeff" + x[0], *x[1:]], "byte order mark"),
+    "file twice": (lambda x: x + x, "already"),
+    "rows joined": (lambda x: [x[0], x[1] + x[2], *x[3:]], "cells"),
+    "image is NaN": (lambda x: [x[0], "nan" + x[1][x[1].index(","):], *x[2:]], "'nan' is not one of the test images"),
+    "folder in the name": (lambda x: [x[0], "test/" + x[1], *x[2:]], "is not one of the test images"),
 }
 RLE = {
     "odd": (lambda x: edit(x, 1, lambda t: " ".join(t[:-1])), "has no length"),
@@ -86,6 +97,10 @@ RLE = {
     "descending": (lambda x: cell(x, 1, "50 2 10 2"), "token 3: start 10 goes back"),
     "a class map": (lambda x: cell(x, 1, " ".join("0" * 960)), "start 0 is below 1"),
     "list": (lambda x: cell(x, 1, "[1 5]"), "token 1 is '[1'"),
+    "half empty": (lambda x: cell(x, 1, "-1 -1"), "token 1 is '-1'"),
+    "exponent": (lambda x: cell(x, 1, "1e2 5"), "token 1 is '1e2'"),
+    "touching itself": (lambda x: cell(x, 1, "5 3 5 3"), "overlaps"),
+    "COCO counts": (lambda x: cell(x, 1, "6Xa1"), "token 1 is '6Xa1'"),
 }
 TABLES = {
     "satellite": ANY_TABLE | RLE | {
@@ -104,6 +119,9 @@ TABLES = {
         "commas": (lambda x: edit(x, 1, lambda t: '"' + ",".join(t) + '"'), "token 1 is"),
         "nothing": (lambda x: cell(x, 1, ""), "0 numbers"),
         "run lengths": (lambda x: cell(x, 1, "1 3 10 5"), "4 numbers"),
+        "NaN": (lambda x: edit(x, 1, lambda t: " ".join(["nan", *t[1:]])), "token 1 is 'nan'"),
+        "empty token": (lambda x: cell(x, 3, "-1"), "token 1 is '-1'"),
+        "class names": (lambda x: edit(x, 1, lambda t: " ".join(["Paper", *t[1:]])), "token 1 is 'Paper'"),
     },
     "handbone": {name: c for name, c in ANY_TABLE.items() if name != "sorted"} | RLE | {
         "one label less": (lambda x: [*x[:2], *x[3:]], "the row of 'b 1.png Ulna' is missing"),
@@ -130,24 +148,26 @@ def test_table_corruptions(good, name):
 
 @pytest.mark.parametrize("good", list(TABLES), indirect=True)
 @pytest.mark.parametrize("data, said", [(b"", "row 1 is ''"), (b"PK\3\4\xff\xff\n\xff", "not UTF-8"), (b"\x00" * 100, "row 1 is"),
-                                        ("img_id,mask_rle\n숲,-1\n".encode("cp949"), "not UTF-8")])
+                                        ("숲,mask_rle\n".encode("cp949"), "not UTF-8"),
+                                        ("img_id,mask_rle\n".encode("utf-16"), "not UTF-8"), (gzip.compress(b"img_id,mask_rle\n"), "not UTF-8")])
 def test_not_a_table(good, data, said):
     recipe, path = good
     path.write_bytes(data)
     problems = validate_submission(recipe, path, samples=SAMPLES)
-    assert len(problems) > 0 and any(said in p or "column" in p for p in problems), problems
+    assert any(said in problem for problem in problems), problems
     with pytest.raises(SegnbError, match="good.csv"): read_submission(recipe, path, samples=SAMPLES)
 
 
 @pytest.mark.parametrize("good", list(TABLES), indirect=True)
 def test_harmless_differences(good):
-    "A byte order mark, line ends of Windows, quotes and a blank last line change nothing"
+    "Line ends of Windows, quotes and a blank last line change nothing; a byte order mark is a problem, and still readable"
     recipe, path = good
     lines = path.read_text("utf8").splitlines()
     quoted = [f'"{line}"' if n == 0 else line for n, line in enumerate(lines)]
     quoted[0] = ",".join(f'"{name}"' for name in lines[0].split(","))
-    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join([*quoted, "", ""]).encode())
+    path.write_bytes("\r\n".join([*quoted, "", ""]).encode())
     assert validate_submission(recipe, path, samples=SAMPLES) == []
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     again, masks = read_submission(recipe, path, samples=SAMPLES), masks_of(recipe)
     assert all((again[name] == masks[name]).all() for name in SIZES)
 
@@ -181,6 +201,13 @@ ZIPS = {
     "class 255": (lambda x: [(FIRST, png(MASK + np.uint8(255))), *x[1:]], "class 255 at row 0, column 0, the classes are 0..9"),
     "cut": (lambda x: [*x[:-1], (LAST, x[-1][1][:-20])], "not a readable PNG"),
     "jpeg": (lambda x: [(FIRST, b"\xff\xd8\xff\xe0 no png"), *x[1:]], "not a readable PNG"),
+    "other suffix": (lambda x: [(n.replace(".png", ".PNG"), b) for n, b in x], "is not one of"),
+    "three digits": (lambda x: [(n.replace("_0", "_"), b) for n, b in x], "is not one of"),
+    "transparent": (lambda x: [(FIRST, png(MASK, "LA")), *x[1:]], "a picture of mode LA"),
+    "one bit": (lambda x: [(FIRST, png(MASK, "1")), *x[1:]], "a picture of mode 1"),
+    "class too high": (lambda x: [(FIRST, png(MASK + np.uint8(10))), *x[1:]], "class 10 at row 0, column 0"),
+    "empty member": (lambda x: [(FIRST, b""), *x[1:]], "not a readable PNG"),
+    "nothing": (lambda x: [], "'test_0000.png' ('b 1.png') is missing"),
 }
 
 
@@ -208,6 +235,20 @@ def test_broken_zips(good):
     damaged[60] ^= 255
     path.write_bytes(bytes(damaged))
     assert "cannot be read from the zip" in validate_submission(recipe, path, samples=SAMPLES)[0]
+
+
+@pytest.mark.parametrize("good", ["indoor"], indirect=True)
+@pytest.mark.parametrize("how", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_zips_that_not_every_reader_opens(good, how):
+    recipe, path = good
+    with zipfile.ZipFile(path) as file: members = [(n, file.read(n)) for n in file.namelist()]
+    with zipfile.ZipFile(path, "w", how) as file:
+        for member, data in members: file.writestr(member, data)
+    problems = validate_submission(recipe, path, samples=SAMPLES)
+    assert len(problems) == 4 and all("compressed in a way" in problem for problem in problems), problems
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        for member, data in members: file.writestr(member, data)
+    assert validate_submission(recipe, path, samples=SAMPLES) == []
 
 
 @pytest.mark.parametrize("good", ["indoor"], indirect=True)
@@ -244,6 +285,17 @@ PICKLES = {
     "255": (lambda x: first(x, np.full((24, 40), 255, np.uint8)), "class 255 at row 0, column 0"),
     "channel": (lambda x: first(x, x["b 1.png"][None]), "1 x 24 x 40 (height x width), it must be 24 x 40"),
     "transposed": (lambda x: first(x, x["b 1.png"].T), "it looks transposed"),
+    "half size": (lambda x: first(x, x["b 1.png"][::2, ::2]), "12 x 20 (height x width)"),
+    "flat": (lambda x: first(x, x["b 1.png"].ravel()), "960 (height x width)"),
+    "empty": (lambda x: first(x, x["b 1.png"][:0]), "0 x 40 (height x width)"),
+    "class too high": (lambda x: first(x, x["b 1.png"] * 2), "class 2 at"),
+    "NaN": (lambda x: first(x, np.full((24, 40), np.nan)), "an array of float64"),
+    "none": (lambda x: first(x, None), "a NoneType, it must be an array"),
+    "a dict in it": (lambda x: {"masks": x}, "'masks' is not one of the test images"),
+    "bytes as keys": (lambda x: {k.encode(): v for k, v in x.items()}, "BINBYTES"),
+    "folder in the name": (lambda x: {"test_img/" + k: v for k, v in x.items()}, "'test_img/b 1.png' is not one of"),
+    "minus one": (lambda x: first(x, -x["b 1.png"].astype(np.int8)), "an array of int8"),
+    "nothing": (lambda x: {}, "'b 1.png' is missing"),
 }
 
 
@@ -279,8 +331,86 @@ def test_compressed_and_cut_pickles(good):
     for data in (whole[:-40], whole[:len(whole) // 2], whole[:100], b""):
         path.write_bytes(data)
         assert "not a dict of arrays" in validate_submission(recipe, path, samples=SAMPLES)[0]
-    joblib.dump(masks_of(recipe), path, compress=3)
-    assert "uncompressed" in validate_submission(recipe, path, samples=SAMPLES)[0]
+    for how in (3, "gzip", "bz2"):
+        joblib.dump(masks_of(recipe), path, compress=how)
+        assert "uncompressed" in validate_submission(recipe, path, samples=SAMPLES)[0]
+    path.write_bytes(pickle.dumps(masks_of(recipe)))
+    assert "wants to import numpy" in validate_submission(recipe, path, samples=SAMPLES)[0]
+    path.write_bytes(b"\x80\x04}}K\x01s.")                      # {{}: 1}, which no Python writes
+    assert "is not text" in validate_submission(recipe, path, samples=SAMPLES)[0]
+    with pytest.raises(SegnbError, match="is not text"): read_submission(recipe, path, samples=SAMPLES)
+
+
+@pytest.mark.parametrize("good", ["satellite", "trash", "indoor", "handbone", "wildfire"], indirect=True)
+def test_wrong_suffix(good):
+    recipe, path = good
+    other = path.rename(path.with_suffix(".txt"))
+    assert validate_submission(recipe, other, samples=SAMPLES) == [f"the file is called 'good.txt', the organiser wants a {path.suffix} file"]
+
+
+# ---- valid in itself, and not what was meant
+
+SQUARE = SAMPLES.assign(height=24, width=24)
+A, B = "b 1.png", "a,2.png"
+RENAMED = np.arange(256, dtype=np.uint8)
+RENAMED[[1, 2]] = 2, 1
+
+
+def each(change): return lambda masks: {name: change(mask) for name, mask in masks.items()}
+
+
+def moved(text):
+    "Run lengths counted from another base: every start one lower"
+    return re.sub(r"(\d+) (\d+)", lambda run: f"{int(run[1]) - 1} {run[2]}", text)
+
+
+def last_digit(text):
+    "A file that was cut short inside its last number"
+    return text.rstrip()[:-1] + "\n"
+
+
+MEANT = {   # what happens to the masks on their way into the file
+    "two images swapped": lambda masks: masks | {A: masks[B], B: masks[A]},
+    "one image late": lambda masks: dict(zip(masks, [masks[A], *masks.values()])),
+    "transposed": each(lambda m: np.swapaxes(m, 0, 1)),
+    "mirrored": each(lambda m: m[:, ::-1]),
+    "upside down": each(lambda m: m[::-1]),
+    "a pixel to the right": each(lambda m: np.roll(m, 1, 1)),
+    "one pixel": lambda masks: masks | {A: np.where(np.arange(24 * 24).reshape(24, 24, *[1] * (masks[A].ndim - 2)) == 100, 1 - np.minimum(masks[A], 1), masks[A])},
+    "all empty": each(np.zeros_like),
+    "half size": each(lambda m: m[::2, ::2]),
+    "grown": each(lambda m: cv2.dilate(m, np.ones((3, 3)))),
+    "from another run": each(lambda m: np.roll(m, 5, 0)),
+}
+CLASSES = {"classes renamed": each(lambda m: RENAMED[m]), "background counted": each(lambda m: np.maximum(m, 1) - 1)}
+LABELS_MEANT = {"labels renamed": each(lambda m: m[..., ::-1]), "a label lost": each(lambda m: m * [1, 0, 1])}
+TEXTS = {"base off by one": moved, "cut in the last number": last_digit}   # what happens to the file
+BY_RECIPE = {"satellite": MEANT | TEXTS, "handbone": MEANT | LABELS_MEANT | TEXTS, "trash": MEANT | CLASSES, "indoor": MEANT | CLASSES, "wildfire": MEANT}
+
+
+@pytest.mark.parametrize("task, name", [(task, name) for task, found in BY_RECIPE.items() for name in found])
+def test_what_only_the_comparison_sees(task, name, tmp_path, monkeypatch):
+    recipe, change, write = recipe_of(task, tmp_path), BY_RECIPE[task][name], write_submission
+    masks = {key: np.ascontiguousarray(mask[:, 8:32]) for key, mask in masks_of(recipe).items()}
+    for mask in masks.values(): mask[0, :1] = mask[-1, -1:] = 0      # no run starts at the first pixel or ends at the last
+    if task in ("satellite", "handbone"): masks["d_4.png"][-1, 10:22] = 1
+
+    def spoiled(recipe, masks, path, samples):
+        if name not in TEXTS: return write(recipe, change(dict(masks)), path, samples=samples)
+        text = write(recipe, masks, path, samples=samples).read_text("utf8")
+        path.write_text("".join(change(line) if "," in line and n else line for n, line in enumerate(text.splitlines(True))) if name != "cut in the last number" else change(text), "utf8")
+
+    suffix = submission_suffix(recipe)
+    spoiled(recipe, masks, tmp_path / f"alone{suffix}", SQUARE)
+    assert validate_submission(recipe, tmp_path / f"alone{suffix}", samples=SQUARE) == []      # the first guard sees nothing
+    monkeypatch.setattr(segnb.submit, "write_submission", spoiled)
+    with pytest.raises(SegnbError, match="differ from those written"): make_submission(recipe, masks, tmp_path / f"never{suffix}", samples=SQUARE)
+    assert not (tmp_path / f"never{suffix}").exists()
+
+
+def test_fifteen_ways_each():
+    kinds = {**TABLES, "indoor": ZIPS, "wildfire": PICKLES}
+    assert len(kinds) == 5 and all(len(table) >= 15 and all(len(said) > 3 for _, said in table.values()) for table in kinds.values())
 
 
 # ---- the doors
