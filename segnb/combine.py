@@ -36,7 +36,7 @@ def mean_probs(stores: Mapping[str, ProbStore], weights: Mapping[str, float], im
     classes = next(iter(stores.values())).shape(image_id)[0]
     return np.stack([mean_plane(stores, weights, image_id, c) for c in range(classes)])
 
-# %% ../nbs/43_combine.ipynb #29b41073
+# %% ../nbs/43_combine.ipynb #e9894e03
 class OutOfFold:
     "Training images, their truth, and what each model that did not see them says of them"
     def __init__(self, recipe: Recipe,
@@ -51,6 +51,11 @@ class OutOfFold:
         self.metric, self.rule = recipe.metric.model_dump(), dict(task=recipe.task, ignore_index=recipe.data.ignore_index)
 
     def __len__(self) -> int: return len(self.image_ids)
+
+    def subset(self, places: Sequence[int]) -> "OutOfFold":
+        "Some of the images, in this order: what is chosen on them has not looked at the others"
+        at = [int(k) for k in np.asarray(places)]
+        return OutOfFold(self.recipe, self.stores, [self.image_ids[k] for k in at], self.folds[at], lambda i: self.truth(at[i]), lambda i: self.image(at[i]))
 
     def alone(self, model: str) -> dict[str, float]:
         "Weights that ask one model only"
