@@ -260,12 +260,12 @@ def mask_files(mask,           # (H, W) class indices, or (H, W, C) 0/1
         return {f"{stem}_{name}.png": index_png_encode(mask[..., k], palette=[[0, 0, 0], colors[k]]) for k, name in enumerate(names)}
     return {f"{stem}.png": index_png_encode(mask, palette=[[0, 0, 0], *colors] if recipe.task == "binary" else colors)}
 
-# %% ../nbs/90_cli.ipynb #445fe933
+# %% ../nbs/90_cli.ipynb #1b026ba2
 def load_ensemble(run) -> tuple:  # Predictor, Decision
     "The networks of a finished run as one, and what was decided about them"
-    from segnb.ensemble import predictor_of, read_decision, shares_of
+    from segnb.ensemble import ensemble_of, read_decision
     decision = read_decision(run)
-    return predictor_of(run, shares_of(run, decision), pixels=1), decision
+    return ensemble_of(run, decision, pixels=1), decision
 
 # %% ../nbs/90_cli.ipynb #862bca57
 def predict_image(predictor, decision, recipe, path: Path) -> dict[str, bytes]:  # file name -> PNG

@@ -237,13 +237,14 @@ def ensemble_of(run: Run, decision: Decision,
     predictors = {name: predictor_of(other, {(model, k): 1.0 for k in folds}, 2 * pixels) for name, (other, model, folds, _) in members.items()}
     return Members(predictors, decision.weights, task=run.recipe.task, bands={name: m[3] for name, m in members.items()}, size=size, count=count)
 
-# %% ../nbs/40_ensemble.ipynb #ac2ede32
+# %% ../nbs/40_ensemble.ipynb #66227b40
 def masks_origin(run: Run, decision: Decision) -> dict:
     "What the test masks depend on: every network that counts, files that vote, and the decision"
     members = members_of(run, voters(decision, run.recipe.n_classes))
     fits = {model: folds for other, model, folds, _ in members.values() if other is run}
     joined = {name: {**origin(other, {model: folds}, "test"), "images": ""} for name, (other, model, folds, _) in members.items() if other is not run}
-    how = {k: v for k, v in asdict(decision).items() if k != "because"} | {"size": run.recipe.submit.size}
+    order = list(decision.weights) if votes(decision.weights) else []   # decides ties
+    how = {k: v for k, v in asdict(decision).items() if k != "because"} | {"size": run.recipe.submit.size, "order": order}
     files = {name: sha256_file(path) for name, path in run.recipe.ensemble.submissions.items()}
     return {**origin(run, fits, "test"), "decision": how, **({"joined": joined} if joined else {}), **({"files": files} if files else {})}
 
