@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FULL', 'KEPT', 'app', 'RecipeName', 'Settings', 'AsJson', 'Jobs', 'UNTOLD', 'BENCHMARKS', 'exit_code', 'paragraph',
            'Options', 'one_paragraph', 'options', 'command', 'main', 'overrides', 'recipes', 'sample', 'check',
-           'prove_choices', 'weight_paths', 'run', 'fit', 'score', 'validate', 'sweep', 'tune', 'finished_run',
+           'prove_choices', 'weight_paths', 'run', 'fit', 'score', 'validate', 'vote', 'sweep', 'tune', 'finished_run',
            'mask_files', 'load_ensemble', 'predict_image', 'check_bands', 'predict', 'refuse_same_names', 'leaves',
            'differing', 'run_folders', 'fit_scores', 'standing', 'board', 'leaderboard', 'bench']
 
@@ -202,6 +202,22 @@ def validate(recipe: RecipeName, submission: Annotated[Path, typer.Argument(help
     for problem in problems: print(problem)
     if problems: raise typer.Exit(1)
     print(f"{submission} is valid")
+
+# %% ../nbs/90_cli.ipynb #c29828d6
+@command
+def vote(recipe: RecipeName,
+         submissions: Annotated[list[Path], typer.Argument(metavar="SUBMISSION...", help="Finished files of one format; a tie goes as the first says.")],
+         out: Annotated[Path, typer.Option(metavar="FILE", help="The submission that the majority makes.")],
+         weights: Annotated[Optional[str], typer.Option(metavar="1,2,…", help="Votes of each file. Default: one each.")] = None,
+         settings: Settings = None):
+    "Make one submission of several by the majority of their masks."
+    from segnb.recipe import load_recipe
+    from segnb.vote import vote_submissions
+    try: votes = [float(word) for word in weights.split(",")] if weights else None
+    except ValueError: raise RecipeError(f"--weights {weights}: give numbers with commas between them, one a file, as in 2,1,1.") from None
+    table = vote_submissions(load_recipe(recipe, overrides(settings)), submissions, out, weights=votes)
+    for row in table.itertuples(): print(f"{row.votes:g} vote{'s' * (row.votes != 1)}  {row.differing:8.3%} of the pixels are otherwise in  {row.file}")
+    print(f"{out}: the vote of {len(table)} submissions")
 
 # %% ../nbs/90_cli.ipynb #336894b9
 Jobs = Annotated[int, typer.Option(min=1, metavar="N", help="Runs at the same time; cores and GPUs are shared out.")]
