@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['fits_of', 'origin', 'predictor_of', 'out_of_fold', 'joined_runs', 'check_raw', 'places_of_bands', 'joined_stores',
-           'check_store', 'other_folds', 'Members', 'count_ballots', 'decided_mask', 'shares_of', 'voters',
+           'check_store', 'other_folds', 'ballot', 'count_ballots', 'Members', 'decided_mask', 'shares_of', 'voters',
            'members_of', 'ensemble_of', 'masks_origin', 'with_submissions', 'file_ballot', 'check_ballots', 'tallied',
            'predict_test', 'save_decision', 'read_decision', 'score_card', 'all_scores', 'no_scores', 'score_table',
            'score_figure', 'metric_name', 'methods_figure', 'drawn_mask', 'example_figure']
@@ -81,7 +81,7 @@ def _predict_fold(run, pack, writer, model, fold, rows):
         coarse = bins if writer.bits == 8 else (bins >> 8).astype(np.uint8)   # histograms have 256 bins, whatever is stored
         writer.put(samples.image_id[i], bins, probability_hist(coarse, pack.mask(i), **rule))
 
-# %% ../nbs/40_ensemble.ipynb #a41b1287
+# %% ../nbs/40_ensemble.ipynb #d0b8b383
 def joined_runs(run: Run) -> dict[str, Run]:   # by folder name
     "The finished runs that `ensemble.runs` names; `RecipeError` where they are of another competition"
     found = {}
@@ -96,6 +96,7 @@ def joined_runs(run: Run) -> dict[str, Run]:   # by folder name
         check_raw(run, other)
     return found
 
+# %% ../nbs/40_ensemble.ipynb #9b77cfa2
 def check_raw(run: Run, other: Run):
     "`DataError` where a picture of the same name is another one"
     theirs, names = read_manifest(other.folder)["inputs"], run.samples().image
@@ -110,12 +111,13 @@ def places_of_bands(run: Run, other: Run) -> list[int] | None:   # None: all
     if theirs is not None and set(theirs) <= set(ours): return [ours.index(b) for b in theirs]
     raise RecipeError(f"ensemble.runs: {other.folder.name} reads bands {theirs or 'all'} and this run {ours}, which do not hold them: start the ensemble from the run with more bands.")
 
-# %% ../nbs/40_ensemble.ipynb #205540a8
+# %% ../nbs/40_ensemble.ipynb #4b8b2cde
 def joined_stores(run: Run, sizes: Mapping[str, tuple[int, int]]) -> dict[str, ProbStore]:   # `folder/model` -> probabilities
     "Out-of-fold probabilities of the runs that join, of every image in `sizes` (image id -> height, width)"
     found = {}
     for name, other in joined_runs(run).items():
-        if not other.path("ensemble.json").exists(): raise SegnbError(f"ensemble.runs: {name} has no out-of-fold probabilities yet: finish it first (segnb run … --out {name} --to ensemble).")
+        if not other.path("ensemble.json").exists():
+            raise SegnbError(f"ensemble.runs: {name} has no out-of-fold probabilities yet: finish it first (segnb run … --out {name} --to ensemble).")
         for model in fits_of(other): found[f"{name}/{model}"] = check_store(ProbStore(other.path("oof", model)), f"{name}/{model}", sizes)
     return found
 
@@ -128,58 +130,27 @@ def check_store(store: ProbStore, member: str, sizes: Mapping[str, tuple[int, in
     if wrong: raise DataError(f"ensemble.runs: '{wrong[0]}' is {' x '.join(map(str, store.shape(wrong[0])[1:]))} in {member} and {' x '.join(map(str, sizes[wrong[0]]))} here.")
     return store
 
-# %% ../nbs/40_ensemble.ipynb #e9f02547
+# %% ../nbs/40_ensemble.ipynb #eb5b2227
 def other_folds(run: Run) -> list[str]:
     "What differs between the folds of this run and of those that join, in words"
     ours, said = dict(zip(run.folds().image_id, run.folds().fold)), []
     for name, other in joined_runs(run).items():
         theirs = dict(zip(other.folds().image_id, other.folds().fold))
         n = sum(theirs.get(i) != k for i, k in ours.items())
-        if n: said.append(f"{name} has {n} of {len(ours)} images in other folds: each is still predicted by networks that did not see it, but if its folds did not keep groups together, its score is too good.")
+        if n: said.append(f"{name} has {n} of {len(ours)} images in other folds: each is still predicted by networks that did not see it, "
+                          "but if its folds did not keep groups together, its score is too good.")
     return said
 
-# %% ../nbs/40_ensemble.ipynb #45dcdd8e
-class Members:
-    "Members of an ensemble as one predictor: images → probabilities together, or the ballots of a vote"
-    def __init__(self, predictors: Mapping[str, Callable],   # member -> predictor
-                 weights: Mapping,                           # of `Decision`
-                 *, task: str,
-                 bands: Mapping[str, list[int] | None] = {}, # member -> places of its bands in the images; None: all
-                 size: tuple[int, int] | None = None,        # of a ballot; None: the image's own
-                 count: bool = True,                         # votes: False leaves the ballots to the caller
-                ):
-        self.predictors, self.weights, self.task, self.places, self.size, self.count = dict(predictors), weights, task, bands, size, count
-        first = next(iter(self.predictors.values()))
-        self.models, self.config = first.models, first.config
-        self.together = min(getattr(p, "together", p.config.batch_size) for p in self.predictors.values())
-
-    def __call__(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
-        "(C, H, W) float32 of each image; ballots: (M, H, W) classes or (M, C, H, W) labels, uint8"
-        if not votes(self.weights): return self._mean(images)
-        ballots = [np.stack(own) for own in zip(*([self._ballot(name, probs) for probs in self._ask(name, images)] for name in self.predictors))]
-        return [count_ballots(b, [self.weights[name]["votes"] for name in self.predictors], self._classes()) for b in ballots] if self.count else ballots
-
-    def _classes(self): return self.n_classes if self.task == "multiclass" else None
-
-    def _ask(self, name, images):
-        places = self.places.get(name)
-        found = self.predictors[name](images if places is None else [image[..., places] for image in images])
-        self.n_classes = len(found[0])
-        return found
-
-    def _mean(self, images):
-        totals = [np.float32(0)] * len(images)
-        for name in self.predictors:
-            for k, probs in enumerate(self._ask(name, images)): totals[k] = totals[k] + class_shares({name: self.weights[name]}, len(probs))[name][:, None, None] * probs
-        return totals
-
-    def _ballot(self, name, probs):
-        "The mask that a member would submit"
-        if self.size and self.task != "multiclass" and tuple(self.size) != probs.shape[1:]: probs = resize_probs(torch.from_numpy(probs)[None], self.size)[0].numpy()
-        mask = voter_mask(probs, self.weights[name]["thresholds"])
-        if not self.size or self.task != "multiclass": return mask
-        rows, columns = (np.arange(new) * old // new for new, old in zip(self.size, mask.shape))   # as the writer of the submission takes them
-        return mask[rows[:, None], columns]
+# %% ../nbs/40_ensemble.ipynb #b3edc088
+def ballot(probs: np.ndarray,           # (C, H, W) float32
+           thresholds: Sequence[float], # of the classes; none: the most probable class wins
+           size: tuple[int, int] | None,   # of a submission's mask; None: the image's own
+          ) -> np.ndarray:              # (H, W) classes or (C, H, W) labels, uint8
+    "The mask that a member alone would submit"
+    if size is None or tuple(size) == probs.shape[1:]: return voter_mask(probs, thresholds)
+    if len(thresholds): return voter_mask(resize_probs(torch.from_numpy(probs)[None], size)[0].numpy(), thresholds)
+    rows, columns = (np.arange(new) * old // new for new, old in zip(size, probs.shape[1:]))   # as the writer of the submission takes them
+    return voter_mask(probs, thresholds)[rows[:, None], columns]
 
 # %% ../nbs/40_ensemble.ipynb #10595ecb
 def count_ballots(ballots: np.ndarray,        # (M, H, W) classes or (M, C, H, W) labels, the best voter first
@@ -191,6 +162,42 @@ def count_ballots(ballots: np.ndarray,        # (M, H, W) classes or (M, C, H, W
     rows = max(1, BAND // (ballots[0].size // ballots.shape[-2] * (n_classes or 1)))
     for y in range(0, out.shape[1], rows): out[:, y:y + rows] = vote_shares(ballots[..., y:y + rows, :], weights, n_classes)
     return out
+
+# %% ../nbs/40_ensemble.ipynb #8dfe4638
+class Members:
+    "Members of an ensemble as one predictor: images → probabilities together, or the ballots of a vote"
+    def __init__(self, predictors: Mapping[str, Callable],   # member -> predictor
+                 weights: Mapping,                           # of `Decision`
+                 *, bands: Mapping[str, list[int] | None] = {}, # member -> places of its bands in the images; None: all
+                 size: tuple[int, int] | None = None,        # of a ballot; None: the image's own
+                 count: bool = True,                         # votes: False leaves the ballots to the caller
+                ):
+        self.predictors, self.weights, self.places, self.size, self.count = dict(predictors), weights, bands, size, count
+        first = next(iter(self.predictors.values()))
+        self.models, self.config = first.models, first.config
+        self.together = min(getattr(p, "together", p.config.batch_size) for p in self.predictors.values())
+
+    def __call__(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
+        "(C, H, W) float32 of each image; ballots: (M, H, W) classes or (M, C, H, W) labels, uint8"
+        return self._vote(images) if votes(self.weights) else self._mean(images)
+
+    def _ask(self, name, images):
+        places = self.places.get(name)
+        return self.predictors[name](images if places is None else [image[..., places] for image in images])
+
+    def _mean(self, images):
+        totals = [np.float32(0)] * len(images)
+        for name in self.predictors:
+            for k, probs in enumerate(self._ask(name, images)): totals[k] = totals[k] + class_shares({name: self.weights[name]}, len(probs))[name][:, None, None] * probs
+        return totals
+
+    def _vote(self, images):
+        cast, n = [], None
+        for name in self.predictors:
+            found, how = self._ask(name, images), self.weights[name]["thresholds"]
+            cast, n = [*cast, [ballot(probs, how, self.size) for probs in found]], None if len(how) else len(found[0])
+        ballots = [np.stack(own) for own in zip(*cast)]
+        return [count_ballots(b, [self.weights[name]["votes"] for name in self.predictors], n) for b in ballots] if self.count else ballots
 
 # %% ../nbs/40_ensemble.ipynb #f2e543ae
 def decided_mask(probs: np.ndarray,   # (C, H, W) float32
@@ -220,7 +227,7 @@ def members_of(run: Run, names: Sequence[str]) -> dict[str, tuple[Run, str, list
         found[name] = other, model, fits_of(other)[model], places_of_bands(run, other)
     return found
 
-# %% ../nbs/40_ensemble.ipynb #7fc3105b
+# %% ../nbs/40_ensemble.ipynb #8e021176
 def ensemble_of(run: Run, decision: Decision,
                 pixels: int,           # of the largest image
                 size: tuple[int, int] | None = None,   # at which masks vote; None: each image's own
@@ -235,7 +242,7 @@ def ensemble_of(run: Run, decision: Decision,
     check_room(run.recipe, 16 * pixels * run.recipe.n_classes, "The probabilities of the largest image, by several members,")
     members = members_of(run, names)
     predictors = {name: predictor_of(other, {(model, k): 1.0 for k in folds}, 2 * pixels) for name, (other, model, folds, _) in members.items()}
-    return Members(predictors, decision.weights, task=run.recipe.task, bands={name: m[3] for name, m in members.items()}, size=size, count=count)
+    return Members(predictors, decision.weights, bands={name: m[3] for name, m in members.items()}, size=size, count=count)
 
 # %% ../nbs/40_ensemble.ipynb #66227b40
 def masks_origin(run: Run, decision: Decision) -> dict:

@@ -169,7 +169,7 @@ def check_values(values: str | None,  # what a store says it holds
     if values is None or not str(values).startswith("logit"): raise DataError(f"{folder} holds other records than probabilities.")
     raise DataError(f"{folder} holds logits, and members are averaged as probabilities: apply the sigmoid, or the softmax over classes, and store those.")
 
-# %% ../nbs/42_store.ipynb #30cfaee1
+# %% ../nbs/42_store.ipynb #f7b54743
 class ProbStore:
     "Reads the probabilities that a `ProbWriter` stored"
     def __init__(self, folder: str | Path): self._use(Records(folder))
@@ -192,20 +192,6 @@ class ProbStore:
         data = np.frombuffer(self.records.read(image_id, c), f"<u{self.bits // 8}")
         return data.reshape(self.shape(image_id)[1:]).astype(data.dtype.newbyteorder("="), copy=False)
 
-    def bands(self, image_id: str,
-              rows: int,                          # of a band; the last may have fewer
-              classes: Sequence[int] | None = None,  # None: all
-             ) -> Iterator[np.ndarray]:           # (C, rows, W) uint8 or uint16
-        "The bins from top to bottom, never a whole plane at once"
-        n, height, width = self.shape(image_id)
-        with open(self.folder / "data.bin", "rb") as file:
-            parts = [open_part(self.records, file, image_id, c) for c in (range(n) if classes is None else classes)]
-            for y in range(0, height, rows):
-                size = min(rows, height - y) * width * self.bits // 8
-                data = np.frombuffer(b"".join(part.read(size) for part in parts), f"<u{self.bits // 8}")
-                yield data.reshape(len(parts), -1, width).astype(data.dtype.newbyteorder("="), copy=False)
-            for part in parts: part.end()
-
     def probs(self, image_id: str) -> np.ndarray:
         "(C, H, W) float32, off by at most half a bin"
         return np.stack([dequantise(self.bins(image_id, c)) for c in range(self.shape(image_id)[0])])
@@ -214,6 +200,23 @@ class ProbStore:
         "(N, C, 2, 256) int64 of the chosen images"
         one = lambda name: np.frombuffer(self.records.read(name, -1), "<i8").reshape(-1, 2, BINS)
         return np.stack([one(name) for name in image_ids]).astype(np.int64, copy=False)
+
+# %% ../nbs/42_store.ipynb #ea48c8c7
+def _bands(self: ProbStore, image_id: str,
+           rows: int,                          # of a band; the last may have fewer
+           classes: Sequence[int] | None = None,  # None: all
+          ) -> Iterator[np.ndarray]:           # (C, rows, W) uint8 or uint16
+    "The bins from top to bottom, never a whole plane at once"
+    n, height, width = self.shape(image_id)
+    with open(self.folder / "data.bin", "rb") as file:
+        parts = [open_part(self.records, file, image_id, c) for c in (range(n) if classes is None else classes)]
+        for y in range(0, height, rows):
+            size = min(rows, height - y) * width * self.bits // 8
+            data = np.frombuffer(b"".join(part.read(size) for part in parts), f"<u{self.bits // 8}")
+            yield data.reshape(len(parts), -1, width).astype(data.dtype.newbyteorder("="), copy=False)
+        for part in parts: part.end()
+
+ProbStore.bands = _bands
 
 # %% ../nbs/42_store.ipynb #a23c078a
 class ProbWriter(ProbStore):
