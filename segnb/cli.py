@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FULL', 'KEPT', 'app', 'RecipeName', 'Settings', 'AsJson', 'Jobs', 'UNTOLD', 'BENCHMARKS', 'exit_code', 'paragraph',
            'Options', 'one_paragraph', 'options', 'command', 'main', 'overrides', 'recipes', 'sample', 'check',
-           'prove_choices', 'weight_paths', 'run', 'fit', 'score', 'validate', 'sweep', 'tune', 'finished_run',
+           'prove_choices', 'weight_paths', 'run', 'fit', 'score', 'validate', 'vote', 'sweep', 'tune', 'finished_run',
            'mask_files', 'load_ensemble', 'predict_image', 'check_bands', 'predict', 'refuse_same_names', 'leaves',
            'differing', 'run_folders', 'fit_scores', 'standing', 'board', 'leaderboard', 'bench']
 
@@ -203,6 +203,22 @@ def validate(recipe: RecipeName, submission: Annotated[Path, typer.Argument(help
     if problems: raise typer.Exit(1)
     print(f"{submission} is valid")
 
+# %% ../nbs/90_cli.ipynb #c29828d6
+@command
+def vote(recipe: RecipeName,
+         submissions: Annotated[list[Path], typer.Argument(metavar="SUBMISSION...", help="Finished files of one format; a tie goes as the first says.")],
+         out: Annotated[Path, typer.Option(metavar="FILE", help="The submission that the majority makes.")],
+         weights: Annotated[Optional[str], typer.Option(metavar="1,2,…", help="Votes of each file. Default: one each.")] = None,
+         settings: Settings = None):
+    "Make one submission of several by the majority of their masks."
+    from segnb.recipe import load_recipe
+    from segnb.vote import vote_submissions
+    try: votes = [float(word) for word in weights.split(",")] if weights else None
+    except ValueError: raise RecipeError(f"--weights {weights}: give numbers with commas between them, one a file, as in 2,1,1.") from None
+    table = vote_submissions(load_recipe(recipe, overrides(settings)), submissions, out, weights=votes)
+    for row in table.itertuples(): print(f"{row.votes:g} vote{'s' * (row.votes != 1)}  {row.differing:8.3%} of the pixels are otherwise in  {row.file}")
+    print(f"{out}: the vote of {len(table)} submissions")
+
 # %% ../nbs/90_cli.ipynb #336894b9
 Jobs = Annotated[int, typer.Option(min=1, metavar="N", help="Runs at the same time; cores and GPUs are shared out.")]
 
@@ -260,12 +276,12 @@ def mask_files(mask,           # (H, W) class indices, or (H, W, C) 0/1
         return {f"{stem}_{name}.png": index_png_encode(mask[..., k], palette=[[0, 0, 0], colors[k]]) for k, name in enumerate(names)}
     return {f"{stem}.png": index_png_encode(mask, palette=[[0, 0, 0], *colors] if recipe.task == "binary" else colors)}
 
-# %% ../nbs/90_cli.ipynb #445fe933
+# %% ../nbs/90_cli.ipynb #1b026ba2
 def load_ensemble(run) -> tuple:  # Predictor, Decision
     "The networks of a finished run as one, and what was decided about them"
-    from segnb.ensemble import predictor_of, read_decision, shares_of
+    from segnb.ensemble import ensemble_of, read_decision
     decision = read_decision(run)
-    return predictor_of(run, shares_of(run, decision), pixels=1), decision
+    return ensemble_of(run, decision, pixels=1), decision
 
 # %% ../nbs/90_cli.ipynb #862bca57
 def predict_image(predictor, decision, recipe, path: Path) -> dict[str, bytes]:  # file name -> PNG

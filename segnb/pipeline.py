@@ -9,10 +9,10 @@ __all__ = ['STAGES', 'WITHOUT_EFFECT', 'DECISIONS', 'PACKAGES', 'STANDS_FOR', 'R
            'write_changed', 'writable', 'refuse_overwrite', 'environment', 'record_decisions', 'imported_rooms',
            'package_folder', 'code_hash', 'code_of', 'stage_notebook', 'run_start', 'run_half', 'stage_code',
            'raw_files', 'raw_hashes', 'sides', 'raw_parts', 'stage_tasks', 'written', 'task_parts', 'weight_files',
-           'changes', 'change_text', 'reason', 'OwnKernel', 'settled', 'join_stream', 'StageClient', 'hear_out',
-           'StageEngine', 'WholeFiles', 'Terminal', 'check_parameters', 'run_notebook', 'NotebookError', 'check_files',
-           'split_folds', 'only_one', 'perform', 'perform_notebook', 'forget_partial', 'forget_stale', 'run_stages',
-           'run_pipeline', 'stages_before', 'refuse_gap', 'forget_decisions', 'run_missing']
+           'finished_files', 'changes', 'change_text', 'reason', 'OwnKernel', 'settled', 'join_stream', 'StageClient',
+           'hear_out', 'StageEngine', 'WholeFiles', 'Terminal', 'check_parameters', 'run_notebook', 'NotebookError',
+           'check_files', 'split_folds', 'only_one', 'perform', 'perform_notebook', 'forget_partial', 'forget_stale',
+           'run_stages', 'run_pipeline', 'stages_before', 'refuse_gap', 'forget_decisions', 'run_missing']
 
 # %% ../nbs/09_pipeline.ipynb #083b122b
 import ast, asyncio, copy, importlib.metadata, inspect, io, json, os, platform, re, shutil, sys, tempfile, time
@@ -52,7 +52,7 @@ class Stage:
     reuses: bool = False           # its next run keeps files of the last one
     within: str = ""               # it is a part of this stage
 
-# %% ../nbs/09_pipeline.ipynb #d9649378
+# %% ../nbs/09_pipeline.ipynb #17ac7d41
 STAGES = {stage.name: stage for stage in (
     Stage("check", "", (), "task classes data submit", "all", "doctor.json samples.parquet"),
     Stage("folds", "", ("check",), "task classes data folds seed", "train", "folds.csv", within="check"),
@@ -61,12 +61,12 @@ STAGES = {stage.name: stage for stage in (
     Stage("train", "30_train", ("folds",), "task classes data metric augment sampling mixing loss optim train predict encoder_weights seed", "train",
           "models/{model}/fold{fold}/**/*", resumes="models/{model}/fold{fold}/last.ckpt", reuses=True),
     Stage("ensemble", "40_ensemble", ("folds", "train"), "task classes data metric predict ensemble postprocess submit seed", "train test",
-          "oof/**/* test_masks/**/* ensemble.json scores.json", reuses=True),
+          "oof/**/* ensemble/**/* test_masks/**/* ensemble.json scores.json", reuses=True),
     Stage("submit", "50_submit", ("check", "ensemble"), "task classes data metric submit", "test", "submission.*"),
 )}
 
-# %% ../nbs/09_pipeline.ipynb #49f39b65
-WITHOUT_EFFECT = {"data": ("root", "cache"), "train": ("workers", "checkpoint_minutes")}
+# %% ../nbs/09_pipeline.ipynb #1f992f76
+WITHOUT_EFFECT = {"data": ("root", "cache"), "train": ("workers", "checkpoint_minutes"), "ensemble": ("max_ram",)}
 
 def stage_names() -> list[str]:
     "Stages as the command line names them, in order"
@@ -405,7 +405,7 @@ def written(run: Run, task: Task) -> dict[str, str]:  # relative name -> sha256
     files = [p for p in sorted(found - partial) if p.is_file() and not p.name.startswith(".")]
     return fingerprint(files, run.folder, run.path(".hashes.json"))
 
-# %% ../nbs/09_pipeline.ipynb #ded6bfc0
+# %% ../nbs/09_pipeline.ipynb #a69b38d8
 def task_parts(run: Run, task: Task) -> dict:  # name -> plain values and hashes
     "All that the result of `task` depends on, by name"
     stage = task.stage
@@ -414,6 +414,9 @@ def task_parts(run: Run, task: Task) -> dict:  # name -> plain values and hashes
     for need in stage.needs:
         parts[f"{need} results"] = {name: h for t in stage_tasks(run, STAGES[need]) for name, h in written(run, t).items()}
     outside = {"folds.file": asked.folds.file} if stage.name == "folds" else weight_files(asked, task.model) if task.model else {}
+    if stage.name == "ensemble":
+        outside = {f"ensemble.submissions.{name}": path for name, path in asked.ensemble.submissions.items()}
+        parts |= {f"{path.name} results": finished_files(path) for path in asked.ensemble.runs}
     for name, path in outside.items():
         if path and Path(path).is_file(): parts[f"{name} content"] = sha256_file(path)
     return json.loads(json.dumps({**parts, "code": stage_code(stage)}))
@@ -422,6 +425,11 @@ def weight_files(recipe: Recipe, model: str) -> dict[str, str | None]:
     "Encoder weights that `model` starts from"
     own = next(m for m in recipe.models if m.name == model).encoder_weights
     return {"encoder_weights": recipe.encoder_weights if own == "recipe" else own}
+
+def finished_files(folder: Path) -> dict[str, str]:  # relative name -> sha256
+    "Of a finished run, what a run that it joins reads: its networks and their out-of-fold probabilities"
+    left = {name: h for stage in read_manifest(folder)["stages"].values() for name, h in stage.get("outputs", {}).items()}
+    return {name: h for name, h in left.items() if name.startswith("oof/") or name.endswith("best.safetensors")}
 
 # %% ../nbs/09_pipeline.ipynb #83887d45
 def changes(old, new, name: str = "") -> dict[str, str]:  # dotted key -> what became of it

@@ -177,7 +177,7 @@ class Train(Section):
     nodes: int = Field(1, gt=0)                      # machines; batch_size is of all processes together
     workers: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"   # of each process
 
-# %% ../nbs/00_recipe.ipynb #cb266951
+# %% ../nbs/00_recipe.ipynb #e8ca94eb
 class Predict(Section):
     "How a whole image goes through a network"
     size: Size | None = None                             # resize to this before the network; null: the image's own size
@@ -188,8 +188,13 @@ class Predict(Section):
 
 class Ensemble(Section):
     "How models are combined; folds of one model count alike"
-    method: Literal["mean", "weighted"] = "weighted"
-    weights: dict[str, float] | None = None              # by model name; null: found on out-of-fold data
+    method: Literal["mean", "weighted", "greedy", "vote", "class_best"] = "weighted"
+    weights: dict[str, float] | None = None              # weighted, vote: by member; null: found on out-of-fold data, or one vote each
+    rounds: int | None = Field(None, gt=0)               # greedy: how often a model is added; null: 20
+    runs: list[Path] = []                                # folders of finished runs whose models join, as `folder/model`
+    submissions: dict[str, Path] = {}                    # finished submission files that vote too
+    bits: Literal[8, 16] = 8                             # of a stored probability, which is then off by at most half a step
+    max_ram: float = Field(2, ge=0.25)                   # GB that probabilities may take in memory, beside the networks
 
 class Postprocess(Section):
     "What turns probabilities into masks; auto: found on out-of-fold data"
@@ -287,7 +292,7 @@ class Recipe(Section):
         for wrong in disagreements(self): raise ValueError(wrong)
         return self
 
-# %% ../nbs/00_recipe.ipynb #1665c4a8
+# %% ../nbs/00_recipe.ipynb #c1dc6563
 def disagreements(recipe: Recipe) -> list[str]:
     "What the sections of a recipe say against each other"
     found, n = [], len(recipe.classes)
@@ -296,7 +301,6 @@ def disagreements(recipe: Recipe) -> list[str]:
     if recipe.task == "multiclass" and n < 2: found.append("a multiclass task lists at least two classes, background first")
     if len(set(recipe.classes)) < n: found.append("classes lists a name twice")
     if len(set(models)) < len(models): found.append("models lists a name twice: each needs a folder of its own")
-    for name in sorted(set(recipe.ensemble.weights or {}) - set(models)): found.append("ensemble.weights: " + nearest(name, models, "model"))
     if isinstance(post.threshold, list) and len(post.threshold) != n:
         found.append(f"postprocess.threshold lists {len(post.threshold)} values for {n} classes")
     if isinstance(folds.use, list) and any(not 0 <= k < max(folds.n, 1) for k in folds.use):
@@ -307,7 +311,25 @@ def disagreements(recipe: Recipe) -> list[str]:
         for name in recipe.tune.models or [""]:
             if name not in models: found.append("tune.models: " + nearest(name, models, "model").rstrip("."))
     if recipe.train.ema and recipe.train.swa is not None: found.append("train.ema and train.swa are two ways to average weights: set one of them to null")
-    return found + _wrong_sampling(recipe.sampling, recipe.classes) + _wrong_format(recipe)
+    return found + _wrong_ensemble(recipe) + _wrong_sampling(recipe.sampling, recipe.classes) + _wrong_format(recipe)
+
+# %% ../nbs/00_recipe.ipynb #5279de49
+def _wrong_ensemble(recipe):
+    asked, models, runs = recipe.ensemble, [m.name for m in recipe.models], [path.name for path in recipe.ensemble.runs]
+    found, names = [], [*models, *asked.submissions]
+    for name in asked.weights or {}:
+        if name not in names and not ("/" in name and name.split("/")[0] in runs): found.append("ensemble.weights: " + nearest(name, names, "member").rstrip("."))
+    if asked.weights and asked.method == "mean": found.append("ensemble.method is mean, where all count alike, and ensemble.weights is set: choose weighted, or set the weights to null")
+    elif asked.weights and asked.method not in ("weighted", "vote"): found.append(f"ensemble.method {asked.method} finds the weights itself: set ensemble.weights to null")
+    if asked.weights and (min(asked.weights.values()) < 0 or sum(asked.weights.values()) <= 0): found.append("ensemble.weights must not be negative, and not all 0")
+    if asked.rounds and asked.method != "greedy": found.append(f"ensemble.rounds is of method greedy, and the method is {asked.method}: set it to null")
+    if asked.submissions and asked.method != "vote": found.append("ensemble.submissions hold masks, which can only vote: set ensemble.method to vote")
+    for name in asked.submissions:
+        if name in models or "/" in name: found.append(f"ensemble.submissions: '{name}' is the name of a model, or holds a /: choose another one")
+    if len({*runs}) < len(runs): found.append("ensemble.runs: two folders have one name, and their models could not be told apart: rename one")
+    needs = "ensemble.runs join" if runs else f"ensemble.method {asked.method} chooses" if asked.method in ("greedy", "vote", "class_best") else ""
+    if needs and not recipe.folds.n: found.append(f"{needs} by out-of-fold probabilities, and folds.n is 0: choose folds, or method mean or weighted")
+    return found
 
 # %% ../nbs/00_recipe.ipynb #f3450487
 def _wrong_sampling(asked, classes):
@@ -408,8 +430,8 @@ def weights_file(source: str | Path | None) -> Path | None:
     text = str(source or "")
     return Path(source) if Path(text).suffix or os.sep in text or "/" in text else None
 
-# %% ../nbs/00_recipe.ipynb #24026922
-PATHS = ["data.root", "data.cache", "folds.file", "encoder_weights"]
+# %% ../nbs/00_recipe.ipynb #aa0218a6
+PATHS = ["data.root", "data.cache", "folds.file", "encoder_weights", "ensemble.runs", "ensemble.submissions"]
 
 def _absolute(layer, folder):
     "`layer` with its paths resolved against `folder`"
@@ -424,6 +446,8 @@ def _absolute(layer, folder):
     return layer
 
 def _resolve(value, folder, key):
+    if isinstance(value, list): return [_resolve(v, folder, key) for v in value]
+    if isinstance(value, dict): return {name: _resolve(v, folder, key) for name, v in value.items()}
     if not isinstance(value, (str, Path)) or (key == "encoder_weights" and not weights_file(value)): return value
     return str((Path(folder) / Path(value).expanduser()).resolve())
 

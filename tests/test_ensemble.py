@@ -5,13 +5,14 @@ import torch
 from torch import nn
 from segnb import ensemble
 from segnb.data import read_samples
-from segnb.ensemble import fits_of, out_of_fold, predict_test
-from segnb.combine import Decision, plain_decision
-from segnb.files import write_bytes, write_json
-from segnb.pipeline import open_run, split_folds
+from segnb.ensemble import ensemble_of, fits_of, out_of_fold, other_folds, predict_test, read_decision, save_decision, with_submissions
+from segnb.combine import Decision, choose_weights, plain_decision
+from segnb.files import DataError, RecipeError, SegnbError, write_bytes, write_json
+from segnb.pipeline import STAGES, Task, changes, open_run, split_folds, task_parts
 from segnb.sample import draw_sample
+from segnb.submit import read_submission, write_submission
 
-LEVEL = {("unet", 0): -1.0, ("unet", 1): 0.5, ("fpn", 0): 1.5, ("fpn", 1): 3.0}   # the logit of each fit
+LEVEL = {("unet", 0): -1.0, ("unet", 1): 0.5, ("fpn", 0): 1.5, ("fpn", 1): 3.0, ("psp", 0): -2.0, ("psp", 1): -3.0}   # the logit of each fit
 
 
 class Constant(nn.Module):
@@ -28,8 +29,8 @@ def make_run(tmp_path, monkeypatch):
         loaded.append((model, fold))
         return Constant(LEVEL[model, fold])
 
-    def make(**overrides):
-        run = open_run("demo", tmp_path / "run", {"data.root": str(data), "predict.batch_size": 2, "predict.tta": [], **overrides})
+    def make(folder="run", **overrides):
+        run = open_run("demo", tmp_path / folder, {"data.root": str(data), "predict.batch_size": 2, "predict.tta": [], **overrides})
         read_samples(run.recipe).to_parquet(run.path("samples.parquet"), index=False)
         split_folds(run)
         for model, folds in fits_of(run).items():
@@ -122,3 +123,106 @@ def test_without_folds(make_run):
     assert out_of_fold(run) is None
     masks = predict_test(run, plain_decision(run.recipe))
     assert len(masks) == 5 and set(make_run.loaded) == {("unet", 0), ("fpn", 0)}
+
+
+def says(model): return np.mean([sigmoid(LEVEL[model, k]) for k in (0, 1)])
+
+
+def same(masks, value): return len(masks) == 5 and all((mask == value).all() for mask in masks.values())
+
+
+def test_sixteen_bits_are_stored_and_recorded(make_run):
+    run = make_run(**{"ensemble.bits": 16})
+    store = out_of_fold(run).stores["fpn"]
+    assert store.bits == 16 and store.records.made_from["error"] == store.error == 0.5 / 65536
+    levels = {round(float(store.probs(name)[0, 0, 0]), 4) for name in run.folds().image_id}
+    assert levels == {round(sigmoid(1.5), 4), round(sigmoid(3.0), 4)} and store.hists(run.folds().image_id).sum() == 6 * 64 * 64
+    make_run.loaded.clear()
+    assert out_of_fold(make_run(**{"ensemble.bits": 8})).stores["fpn"].bits == 8 and len(make_run.loaded) == 4   # other bits: predicted again
+
+
+def vote(**thresholds): return {name: {"votes": 1.0, "thresholds": [t]} for name, t in thresholds.items()}
+
+
+def test_networks_vote_with_their_own_masks(make_run):
+    run = make_run()
+    low, high = says("unet") - 0.01, says("fpn") + 0.01                    # unet finds everything, fpn nothing
+    assert same(predict_test(run, decision(weights=vote(unet=low, fpn=high))), 1)       # a tie: as the first says
+    assert same(predict_test(run, decision(weights=vote(fpn=high, unet=low))), 0)
+    heavy = {**vote(fpn=high), "unet": {"votes": 2.0, "thresholds": [low]}}
+    assert same(predict_test(run, decision(weights=heavy)), 1)
+    save_decision(run, decision(weights=heavy))                             # and the loose images of the command line
+    image = np.zeros((9, 8, 3), np.uint8)
+    assert (ensemble_of(run, read_decision(run), pixels=1)([image])[0] >= 0.5).all()
+
+
+def test_classes_from_their_own_model(make_run):
+    run = make_run()
+    for name, other in (("unet", "fpn"), ("fpn", "unet")):
+        for step, value in ((-1e-4, 1), (1e-4, 0)):
+            assert same(predict_test(run, decision(weights={name: [1.0], other: [0.0]}, thresholds=[says(name) + step])), value)
+
+
+def finished(make_run, folder, **overrides):
+    "A second run with a model of its own"
+    run = make_run(folder, **{"models": [{"name": "psp"}], **overrides})
+    out_of_fold(run)
+    save_decision(run, decision(weights={"psp": 1.0}))
+    return run
+
+
+def test_a_finished_run_joins(make_run):
+    other = finished(make_run, "other", **{"folds.stratify": None, "seed": 3})
+    run = make_run(**{"ensemble.runs": [str(other.folder)], "ensemble.method": "mean"})
+    oof = out_of_fold(run)
+    assert list(oof.stores) == ["unet", "fpn", "other/psp"] and set(choose_weights(oof)[0].weights.values()) == {1 / 3}
+    theirs = dict(zip(other.folds().image_id, other.folds().fold))
+    for name in oof.image_ids: assert np.abs(oof.stores["other/psp"].probs(name) - sigmoid(LEVEL["psp", theirs[name]])).max() <= 0.5 / 256
+    moved = sum(theirs[i] != k for i, k in zip(run.folds().image_id, run.folds().fold))
+    assert (f"{moved} of 6 images in other folds" in other_folds(run)[0]) if moved else other_folds(run) == []
+    weights, mean = {"unet": 0.25, "fpn": 0.25, "other/psp": 0.5}, 0.25 * says("unet") + 0.25 * says("fpn") + 0.5 * says("psp")
+    for step, value in ((-1e-4, 1), (1e-4, 0)): assert same(predict_test(run, decision(weights=weights, thresholds=[mean + step])), value)
+    assert same(predict_test(run, decision(weights={"other/psp": 1.0, "fpn": 0.0, "unet": 0.0}, thresholds=[says("psp") - 1e-4])), 1)
+
+
+def test_a_run_that_cannot_join_is_refused_with_the_reason(make_run, tmp_path):
+    other = finished(make_run, "other", **{"folds.use": [1]})
+    with pytest.raises(DataError, match="no out-of-fold probability of 3 of the 6 training images"): out_of_fold(make_run(**{"ensemble.runs": [str(other.folder)]}))
+    other.path("ensemble.json").unlink()
+    with pytest.raises(SegnbError, match="finish it first"): out_of_fold(make_run(**{"ensemble.runs": [str(other.folder)]}))
+    roads = make_run("roads", classes=["road"])
+    with pytest.raises(RecipeError, match="not of the same things"): out_of_fold(make_run(**{"ensemble.runs": [str(roads.folder)]}))
+    with pytest.raises(RecipeError, match="is no run"): out_of_fold(make_run(**{"ensemble.runs": [str(tmp_path / "nothing")]}))
+    raw = {name: "0" * 64 for name in make_run().samples().image}
+    write_json(other.path("manifest.json"), {"requested": None, "decisions": {}, "inputs": raw, "stages": {}})
+    with pytest.raises(DataError, match="11 pictures of other are others"): out_of_fold(make_run(**{"ensemble.runs": [str(other.folder)]}))
+
+
+def test_finished_submissions_vote(make_run, tmp_path):
+    run, rng = make_run(), np.random.default_rng(0)
+    samples = run.samples()
+    test = samples[samples.split == "test"]
+    drawn = {name: {i: rng.integers(0, 2, size, np.uint8) for i, *size in zip(test.image_id, test.height, test.width)} for name in "abc"}
+    for name, masks in drawn.items(): write_submission(run.recipe, masks, tmp_path / f"{name}.csv", samples=samples)
+    files = {name: str(tmp_path / f"{name}.csv") for name in "abc"}
+    run = make_run(**{"ensemble": {"method": "vote", "submissions": files, "weights": {"unet": 1, "fpn": 0, "a": 1, "b": 1, "c": 2}}})
+    chosen = with_submissions(run.recipe, decision(weights=vote(unet=says("unet") - 0.01)))      # a one everywhere
+    masks = predict_test(run, chosen, {name: read_submission(run.recipe, path, samples=samples) for name, path in files.items()})
+    for i in masks:
+        ones = 1 + drawn["a"][i] + drawn["b"][i] + 2 * drawn["c"][i].astype(int)                # of five votes
+        assert (masks[i] == (ones >= 3)).all()
+    short = {name: {k: v for k, v in drawn[name].items() if name != "b" or k != next(iter(drawn["b"]))} for name in "abc"}
+    with pytest.raises(DataError, match="b has no mask of 1 of the 5 test images"): predict_test(run, chosen, short)
+
+
+def test_what_makes_the_ensemble_stale(make_run, tmp_path):
+    def parts(**overrides):
+        run = make_run(**{"ensemble": {"method": "vote", "submissions": {"a": str(tmp_path / "a.csv")}, "runs": [str(tmp_path / "other")], **overrides}})
+        return {name: task_parts(run, Task(STAGES[name])) for name in ("eda", "ensemble", "submit")}
+    before = parts()
+    assert parts(max_ram=1.0) == before                                     # where it is kept is no matter of what comes out
+    assert {*changes(before["ensemble"], parts(bits=16)["ensemble"])} == {"ensemble.bits"} and parts(bits=16)["eda"] == before["eda"]
+    write_bytes(tmp_path / "a.csv", b"1")
+    assert {*changes(before["ensemble"], parts()["ensemble"])} == {"ensemble.submissions.a content"}
+    write_json(tmp_path / "other" / "manifest.json", {"stages": {"ensemble": {"outputs": {"oof/psp/data.bin": "1", "scores.json": "2"}}}})
+    assert {k.split(".")[0] for k in changes(before["ensemble"], parts()["ensemble"])} == {"ensemble", "other results"}
