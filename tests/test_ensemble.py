@@ -6,7 +6,7 @@ from torch import nn
 from segnb import ensemble
 from segnb.data import read_samples
 from segnb.ensemble import fits_of, out_of_fold, predict_test
-from segnb.combine import Decision, plain_decision
+from segnb.decide import Decision, plain_decision
 from segnb.files import write_bytes, write_json
 from segnb.pipeline import open_run, split_folds
 from segnb.sample import draw_sample
