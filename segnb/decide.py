@@ -245,27 +245,28 @@ def _label_counts(oof, plans, rule, values, i):
         out.append([seen[_key(plan, c)] for plan in plans])
     return [np.concatenate(of_plan, 1) for of_plan in zip(*out)]
 
-# %% ../nbs/44_decide.ipynb #301c0bbc
+# %% ../nbs/44_decide.ipynb #cd6de40c
 def rule_step(ladder: Ladder, rule: str):
     "One rule: stated, found, or left out"
     oof, given = ladder.oof, given_rules(ladder.oof.recipe)[rule]
     if given is not None and not given.any(): return
     classes = np.arange(oof.recipe.n_classes)
     values = np.repeat(np.array(VALUES[rule], float)[:, None], len(classes), 1) if given is None else scaled_rules({rule: given}, ladder.per_pixel)[rule][None]
-    tables, shared = plan_counts(oof, ladder.plans, rule, values), rule in oof.recipe.postprocess.shared
-    picks, searches = zip(*[_find(table[plan.tune], values[:, 0], shared, oof) if given is None else (0 * classes, None) for plan, table in zip(ladder.plans, tables)])
-    changes = [dict(counts=table[plan.judge][:, pick, classes], rules={**plan.rules, rule: values[pick, classes]}) for plan, table, pick in zip(ladder.plans, tables, picks)]
-    best = scaled_rules({rule: values[picks[0], classes]}, 1 / ladder.per_pixel)[rule]
-    take(ladder, rule, changes, in_words(best, UNITS[rule]) if picks[0].any() else "", stated=given is not None)
+    tables, shared, searches, changes = plan_counts(oof, ladder.plans, rule, values), rule in oof.recipe.postprocess.shared, [], []
+    for plan, table in zip(ladder.plans, tables):
+        pick, search = (0 * classes, None) if given is not None else _find(table[plan.tune], values[:, 0], shared, oof.metric)
+        searches.append(search)
+        changes.append(dict(counts=table[plan.judge][:, pick, classes], rules={**plan.rules, rule: values[pick, classes]}))
+    best = scaled_rules({rule: changes[0]["rules"][rule]}, 1 / ladder.per_pixel)[rule]
+    take(ladder, rule, changes, in_words(best, UNITS[rule]) if best.any() else "", stated=given is not None)
     if given is None: ladder.searches[rule] = searches[0].assign(value=scaled_rules({rule: searches[0].value}, 1 / ladder.per_pixel)[rule])
 
 UNITS = {"fill_holes": "pixels", "min_area": "pixels", "largest": "(one object)", "straighten": "pixels", "at_least": "of the image"}
 
-def _find(counts, values, shared, oof):
+def _find(counts, values, shared, metric):
     "(C,) places in `values`, and the search"
-    if not shared: return (lambda best, table: (np.array(best), table))(*tune_values(counts, values, **oof.metric))
-    best, table = tune_value(counts, values, **oof.metric)
-    return np.full(counts.shape[2], best), table
+    best, table = (tune_value if shared else tune_values)(counts, values, **metric)
+    return np.broadcast_to(best, counts.shape[2]), table
 
 # %% ../nbs/44_decide.ipynb #851ff79a
 def decide(oof: OutOfFold,

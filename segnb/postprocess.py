@@ -252,26 +252,28 @@ def tune_thresholds(hists: np.ndarray,   # (N, C, 2, 256) int64 of out-of-fold i
                                      "class_score": alone[c]}) for c in range(len(chosen))], ignore_index=True)
     return THRESHOLDS[chosen], float(_sweep(tables, chosen, 0, over)[chosen[0]]), curve
 
-# %% ../nbs/41_postprocess.ipynb #ff47a073
+# %% ../nbs/41_postprocess.ipynb #a23d08bd
 AREAS = (0, *(2**k for k in range(1, 13)))   # pixels: 2, 4, …, 4096
 VALUES = {"fill_holes": (*AREAS, ANY), "min_area": AREAS, "largest": (False, True), "straighten": (0, 1, 1.5, 2, 3, 4),
           "at_least": (0, 0.0002, 0.001, 0.005, 0.02)}   # of each rule, what `auto` tries; the first does nothing
 
-def _counts_by_area(mask, true, valid, areas, name):
+def _counts_by_area(mask, true, valid, areas, name):   # valid None: all
     "(A, 3) counts of one label with holes up to each area filled, or regions below it removed"
     regions, sizes = hole_areas(mask) if name == "fill_holes" else region_areas(mask)
-    sizes, areas = sizes[1:], np.asarray(areas)[:, None]
-    pixels = lambda where: np.bincount(regions[where].ravel(), minlength=1 + len(sizes))[1:]
-    changes = (sizes > 0) & (sizes <= areas) if name == "fill_holes" else sizes >= areas
-    kept = (mask > 0) & valid & (name == "fill_holes")
-    both, pred = changes @ pixels(true & valid) + np.count_nonzero(kept & true), changes @ pixels(valid) + np.count_nonzero(kept)
-    return np.stack([both, pred, np.full(len(areas), np.count_nonzero(true & valid))], 1)
+    sizes, areas, own = sizes[1:], np.asarray(areas)[:, None], true if valid is None else true & valid
+    pixels = lambda where: np.bincount(regions[where], minlength=1 + len(sizes))[1:]
+    both, pred = pixels(own), sizes if valid is None else pixels(valid)
+    if name == "min_area": changes, base = sizes >= areas, (0, 0)
+    else:
+        kept = mask > 0 if valid is None else (mask > 0) & valid
+        changes, base = (sizes > 0) & (sizes <= areas), (np.count_nonzero(kept & own), np.count_nonzero(kept))
+    return np.stack([base[0] + changes @ both, base[1] + changes @ pred, np.full(len(areas), np.count_nonzero(own))], 1)
 
-# %% ../nbs/41_postprocess.ipynb #379e43c0
+# %% ../nbs/41_postprocess.ipynb #23a4e519
 def _label_counts(probs, true, name, values, thresholds, ignore_index, before):
     "(A, 1, 3)"
     mask = to_mask(probs, task="binary", thresholds=thresholds, **before)
-    valid = np.ones(true.shape, bool) if ignore_index is None else true != ignore_index
+    valid = None if ignore_index is None else true != ignore_index
     if name in ("fill_holes", "min_area"): return _counts_by_area(mask, true == 1, valid, values, name)[:, None]
     tried = [LABEL_RULES[name](mask, value, probs[0]) if value else mask for value in values]
     return np.stack([count(m, true, task="binary", n_classes=1, ignore_index=ignore_index) for m in tried])
