@@ -189,7 +189,7 @@ class Ensemble(Section):
     method: Literal["mean", "weighted"] = "weighted"
     weights: dict[str, float] | None = None              # by model name; null: found on out-of-fold data
 
-# %% ../nbs/00_recipe.ipynb #02f370a1
+# %% ../nbs/00_recipe.ipynb #1ff571b5
 Pixels = Annotated[int, Field(ge=0)]
 Amount = Annotated[float, Field(ge=0)]
 RuleName = Literal["threshold", "fill_holes", "min_area", "largest", "straighten", "at_least"]
@@ -201,8 +201,8 @@ class Postprocess(Section):
     fill_holes: Literal["auto", "all"] | Pixels | list[Pixels] = 0     # holes of up to so many pixels are filled
     min_area: Literal["auto"] | Pixels | list[Pixels] = "auto"         # smaller objects are removed
     largest: Literal["auto", "all"] | list[str | int] = []             # of these classes only the largest object stays
-    straighten: Literal["auto"] | Amount | list[Amount] = 0            # outlines become polygons that stray so many pixels
-    at_least: Literal["auto"] | Amount | list[Amount] = 0              # an empty mask gets its most probable pixels; below 1: a share of the image
+    straighten: Literal["auto"] | Amount | list[Amount] = 0.0          # outlines become polygons that stray so many pixels
+    at_least: Literal["auto"] | Amount | list[Amount] = 0.0            # an empty mask gets its most probable pixels; below 1: a share of the image
     shared: list[RuleName] = ["fill_holes", "min_area", "largest", "straighten", "at_least"]   # auto finds one value for all classes
     keep: Literal["honest", "always"] = "honest"         # what auto found is in force: where it helps on images it was not found on, or always
 
