@@ -157,10 +157,10 @@ def because(row: Mapping, kept: bool, found: str) -> str:
     if row["low"] > 0: return f"found: {text}"
     return f"found, and kept as postprocess.keep says: {text}" if kept else f"left out, no more than chance: {found} would give {text}"
 
-# %% ../nbs/44_decide.ipynb #8715f1e5
+# %% ../nbs/44_decide.ipynb #903b14cc
 def in_words(values: np.ndarray, unit: str = "") -> str:
     "One number, or the lowest and the highest of the classes'"
-    ends = dict.fromkeys(f"{v:.6g}" for v in (values.min(), values.max()))
+    ends = dict.fromkeys("all" if v > 2**31 else f"{v:.4g}" for v in (values.min(), values.max()))   # no image has so many pixels
     return " to ".join(ends) + (f" {unit}" if unit else "")
 
 # %% ../nbs/44_decide.ipynb #b2a900c0
@@ -245,7 +245,7 @@ def _label_counts(oof, plans, rule, values, i):
         out.append([seen[_key(plan, c)] for plan in plans])
     return [np.concatenate(of_plan, 1) for of_plan in zip(*out)]
 
-# %% ../nbs/44_decide.ipynb #cd6de40c
+# %% ../nbs/44_decide.ipynb #970242cb
 def rule_step(ladder: Ladder, rule: str):
     "One rule: stated, found, or left out"
     oof, given = ladder.oof, given_rules(ladder.oof.recipe)[rule]
@@ -261,7 +261,7 @@ def rule_step(ladder: Ladder, rule: str):
     take(ladder, rule, changes, in_words(best, UNITS[rule]) if best.any() else "", stated=given is not None)
     if given is None: ladder.searches[rule] = searches[0].assign(value=scaled_rules({rule: searches[0].value}, 1 / ladder.per_pixel)[rule])
 
-UNITS = {"fill_holes": "pixels", "min_area": "pixels", "largest": "(one object)", "straighten": "pixels", "at_least": "of the image"}
+UNITS = {"fill_holes": "pixels of a hole", "min_area": "pixels", "largest": "(one object)", "straighten": "pixels", "at_least": "of the image"}
 
 def _find(counts, values, shared, metric):
     "(C,) places in `values`, and the search"
