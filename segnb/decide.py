@@ -194,7 +194,7 @@ def threshold_step(ladder: Ladder):
     better = reduce_counts(hist_counts(hists, best), **oof.metric) > reduce_counts(ladder.plans[0].counts, **oof.metric)
     take(ladder, "thresholds", changes, in_words(best) if better else "")
 
-# %% ../nbs/44_decide.ipynb #d8b55a9f
+# %% ../nbs/44_decide.ipynb #cd0ee128
 def weight_step(ladder: Ladder):
     "How much each model counts"
     oof = ladder.oof
@@ -203,7 +203,7 @@ def weight_step(ladder: Ladder):
     found = [choose_weights(oof.subset(plan.tune)) for plan in ladder.plans]
     changes = []
     for plan, (best, _, _) in zip(ladder.plans, found):
-        thresholds = best.thresholds if tuned else plan.thresholds
+        thresholds = best.thresholds if tuned or best.curve is None else plan.thresholds   # no curve: nothing was searched
         changes.append(dict(weights=best.weights, thresholds=thresholds, counts=counts_of(oof.subset(plan.judge), best.weights, thresholds)))
     best, how, tried = found[0]
     if tried is not None: ladder.searches["weights"] = tried
