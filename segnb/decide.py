@@ -245,7 +245,7 @@ def _label_counts(oof, plans, rule, values, i):
         out.append([seen[_key(plan, c)] for plan in plans])
     return [np.concatenate(of_plan, 1) for of_plan in zip(*out)]
 
-# %% ../nbs/44_decide.ipynb #970242cb
+# %% ../nbs/44_decide.ipynb #14515499
 def rule_step(ladder: Ladder, rule: str):
     "One rule: stated, found, or left out"
     oof, given = ladder.oof, given_rules(ladder.oof.recipe)[rule]
@@ -258,10 +258,11 @@ def rule_step(ladder: Ladder, rule: str):
         searches.append(search)
         changes.append(dict(counts=table[plan.judge][:, pick, classes], rules={**plan.rules, rule: values[pick, classes]}))
     best = scaled_rules({rule: changes[0]["rules"][rule]}, 1 / ladder.per_pixel)[rule]
-    take(ladder, rule, changes, in_words(best, UNITS[rule]) if best.any() else "", stated=given is not None)
+    text = f"one object in {np.count_nonzero(best)} of {len(best)} classes" if rule == "largest" else in_words(best, UNITS[rule])
+    take(ladder, rule, changes, text if best.any() else "", stated=given is not None)
     if given is None: ladder.searches[rule] = searches[0].assign(value=scaled_rules({rule: searches[0].value}, 1 / ladder.per_pixel)[rule])
 
-UNITS = {"fill_holes": "pixels of a hole", "min_area": "pixels", "largest": "(one object)", "straighten": "pixels", "at_least": "of the image"}
+UNITS = {"fill_holes": "pixels of a hole", "min_area": "pixels", "straighten": "pixels", "at_least": "of the image"}
 
 def _find(counts, values, shared, metric):
     "(C,) places in `values`, and the search"
