@@ -283,7 +283,7 @@ def load_ensemble(run) -> tuple:  # Predictor, Decision
     decision = read_decision(run)
     return ensemble_of(run, decision, pixels=1), decision
 
-# %% ../nbs/90_cli.ipynb #862bca57
+# %% ../nbs/90_cli.ipynb #0d574496
 def predict_image(predictor, decision, recipe, path: Path) -> dict[str, bytes]:  # file name -> PNG
     "Mask and overlay of one picture, at its own size"
     import cv2
@@ -293,8 +293,8 @@ def predict_image(predictor, decision, recipe, path: Path) -> dict[str, bytes]: 
     image = read_image_file(path, recipe.data.bands)
     check_bands(image, predictor, path)
     size = recipe.submit.size or image.shape[:2]
-    area = decision.min_area * image.shape[0] * image.shape[1] / (size[0] * size[1])   # it counts pixels of the submission
-    mask = to_mask(predictor([image])[0], task=recipe.task, thresholds=decision.thresholds, min_area=area)
+    rules = decision.rules(image.shape[0] * image.shape[1] / (size[0] * size[1]))   # they count pixels of the submission
+    mask = to_mask(predictor([image])[0], task=recipe.task, thresholds=decision.thresholds, **rules)
     drawn = overlay(to_rgb(image, recipe.data.scale), mask, class_colors(recipe.n_classes), skip=background(recipe.classes))
     return {**mask_files(mask, path.stem, recipe), f"{path.stem}_overlay.png": cv2.imencode(".png", drawn[..., ::-1])[1].tobytes()}
 
@@ -355,21 +355,23 @@ def fit_scores(folder: Path) -> dict[str, float]:  # fold -> mean over the model
     whole = max(map(len, found.values()), default=0)
     return {fold: sum(s) / len(s) for fold, s in found.items() if len(s) == whole and None not in s}
 
-# %% ../nbs/90_cli.ipynb #c11a7aa6
-def standing(folder: Path) -> dict:  # run, score, spread, fits, recipe
-    "What a run reached out of fold, or in its fits; None where it has neither"
+# %% ../nbs/90_cli.ipynb #a97c1384
+def standing(folder: Path) -> dict:  # run, score, spread, fits, in_sample, recipe
+    "What a run reached out of fold, honestly if that is known, or in its fits; None where it has neither"
     import numpy as np
     from segnb.files import read_json
     from segnb.recipe import parse_yaml
     if not (folder / "recipe.yaml").is_file(): raise RecipeError(f"{folder} is no run folder: it has no recipe.yaml.")
     scores = read_json(folder / "scores.json") if (folder / "scores.json").is_file() else {}
     card = scores.get("ensemble") or {"score": None, "folds": fit_scores(folder)}
-    folds = [s for s in card["folds"].values() if s is not None]
-    fits = card["score"] is None and bool(folds)
-    return {"run": str(folder), "score": float(np.mean(folds)) if fits else card["score"], "spread": float(np.std(folds)) if len(folds) > 1 else None,
-            "fits": fits, "recipe": parse_yaml((folder / "recipe.yaml").read_text("utf8"), str(folder))}
+    in_sample = card["score"] is not None and card.get("honest") is None
+    score, reached = (card["score"], card["folds"]) if card.get("honest") is None else (card["honest"], card["honest_folds"])
+    folds = [s for s in reached.values() if s is not None]
+    fits = score is None and bool(folds)
+    return {"run": str(folder), "score": float(np.mean(folds)) if fits else score, "spread": float(np.std(folds)) if len(folds) > 1 else None,
+            "fits": fits, "in_sample": in_sample, "recipe": parse_yaml((folder / "recipe.yaml").read_text("utf8"), str(folder))}
 
-# %% ../nbs/90_cli.ipynb #fafadc78
+# %% ../nbs/90_cli.ipynb #6c70e295
 def board(runs: list[dict],   # of `standing`
           width: int,         # columns of the terminal
          ) -> str:
@@ -383,9 +385,13 @@ def board(runs: list[dict],   # of `standing`
         text = "  ".join(f"{k}={'null' if v is None else v}".replace(" ", "") for k, v in differs.items())
         wrapped = textwrap.wrap(text, max(20, width - long - 20), break_on_hyphens=False) or [""]
         name = run["run"] if len(run["run"]) <= long else "…" + run["run"][1 - long:]
-        lines += [f"{number(run['score']):>7}{'~' if run.get('fits') else ' '} {number(run['spread']):>7}  {name:{long}}  {wrapped[0]}".rstrip()]
+        mark = "~" if run.get("fits") else "+" if run.get("in_sample") else " "
+        lines += [f"{number(run['score']):>7}{mark} {number(run['spread']):>7}  {name:{long}}  {wrapped[0]}".rstrip()]
         lines += [" " * (long + 20) + more for more in wrapped[1:]]
-    if any(run.get("fits") for run in runs): lines += ["", *textwrap.wrap("~ mean of the fits' best validations, over the folds that are finished: the ensemble stage has not run", width)]
+    notes = {"fits": "~ mean of the fits' best validations, over the folds that are finished: the ensemble stage has not run",
+             "in_sample": "+ in-sample: thresholds and rules were found on the images that they are judged on"}
+    for flag, note in notes.items():
+        if any(run.get(flag) for run in runs): lines += ["", *textwrap.wrap(note, width)]
     return "\n".join(lines)
 
 # %% ../nbs/90_cli.ipynb #b2159291

@@ -9,18 +9,16 @@ __all__ = ['Weight', 'NUDGE', 'BAND', 'MARGIN', 'Choice', 'METHODS', 'votes', 'c
            'mean_counts', 'hist_counts', 'Candidate', 'evaluate', 'sample_pixels', 'judge', 'remembered',
            'climb_simplex', 'greedy_rounds', 'stated_weights', 'check_named', 'all_alike', 'gain_text', 'mean_weights',
            'searched_weights', 'weighted_weights', 'greedy_weights', 'by_score', 'class_best_weights', 'vote_weights',
-           'choice', 'choose_weights', 'compare_methods', 'Decision', 'pixels_per_pixel', 'choose_area',
-           'plain_decision', 'decide']
+           'choice', 'choose_weights', 'compare_methods']
 
-# %% ../nbs/43_combine.ipynb #72765828
-import math
+# %% ../nbs/43_combine.ipynb #4bc47389
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 import numpy as np, pandas as pd
 from tqdm import tqdm
 from .files import RecipeError
 from .metrics import class_scores, count, probability_hist, reduce_counts, threshold_counts
-from .postprocess import AREAS, area_counts, gain_error, given_thresholds, own_areas, to_mask, tune_min_area, tune_thresholds
+from .postprocess import area_counts, gain_error, given_thresholds, one_threshold, own_areas, to_mask, tune_thresholds
 from .recipe import Recipe
 from .store import ProbStore, dequantise, read_hists
 
@@ -267,7 +265,7 @@ class Candidate:
     score: float                # the competition's metric
     curve: pd.DataFrame | None = None   # of the thresholds, where they were searched
 
-# %% ../nbs/43_combine.ipynb #2e07e871
+# %% ../nbs/43_combine.ipynb #256f8e1c
 def evaluate(oof: OutOfFold, weights: Mapping[str, float]) -> Candidate:
     "Judge `weights` on all pixels"
     if oof.recipe.task == "multiclass" or votes(weights):
@@ -275,7 +273,7 @@ def evaluate(oof: OutOfFold, weights: Mapping[str, float]) -> Candidate:
         counts = mean_counts(oof, weights, thresholds)[:, 0]
         return Candidate(dict(weights), thresholds, counts, reduce_counts(counts, **oof.metric))
     hists, thresholds, curve = mean_hists(oof, weights), given_thresholds(oof.recipe), None
-    if thresholds is None: thresholds, _, curve = tune_thresholds(hists, margin=MARGIN, classes=oof.recipe.classes, **oof.metric)
+    if thresholds is None: thresholds, _, curve = tune_thresholds(hists, margin=MARGIN, shared=one_threshold(oof.recipe), classes=oof.recipe.classes, **oof.metric)
     counts = hist_counts(hists, thresholds)
     return Candidate(dict(weights), [float(t) for t in thresholds], counts, reduce_counts(counts, **oof.metric), curve)
 
@@ -303,7 +301,7 @@ def _picked(store, image_id, at):
         found.append(band.reshape(n, -1)[:, at[(at >= low) & (at < high)] - low])
     return np.concatenate(found, 1).astype(f"u{store.bits // 8}", copy=False)
 
-# %% ../nbs/43_combine.ipynb #56629300
+# %% ../nbs/43_combine.ipynb #04acc193
 def judge(oof: OutOfFold, weights: Mapping[str, Weight]) -> Candidate:
     "`evaluate` on the sampled pixels"
     means = (combine(dict(zip(oof.stores, bins)), weights)[..., None] for bins, _ in oof.sample)
@@ -313,7 +311,7 @@ def judge(oof: OutOfFold, weights: Mapping[str, Weight]) -> Candidate:
         counts, thresholds = np.stack([_count(oof, p, t) for p, t in pairs]), [] if oof.recipe.task == "multiclass" else [0.5] * oof.recipe.n_classes
         return Candidate(dict(weights), thresholds, counts, reduce_counts(counts, **oof.metric))
     hists = np.stack([probability_hist(p, t, **oof.rule) for p, t in pairs])
-    thresholds, _, curve = (given, None, None) if given is not None else tune_thresholds(hists, margin=MARGIN, **oof.metric)
+    thresholds, _, curve = (given, None, None) if given is not None else tune_thresholds(hists, margin=MARGIN, shared=one_threshold(oof.recipe), **oof.metric)
     counts = hist_counts(hists, thresholds)
     return Candidate(dict(weights), [float(t) for t in thresholds], counts, reduce_counts(counts, **oof.metric), curve)
 
@@ -463,61 +461,3 @@ def compare_methods(oof: OutOfFold) -> pd.DataFrame:  # method, score, gain, err
         gain, error = gain_error(counts, mean, **oof.metric)
         return dict(method=name, score=reduce_counts(counts, **oof.metric), gain=gain, error=error, because=how)
     return pd.DataFrame([row(*each) for each in rows])
-
-# %% ../nbs/43_combine.ipynb #168751df
-@dataclass
-class Decision:
-    "How the probabilities of a run's models become masks"
-    weights: dict[str, float]   # of the models; they add up to 1
-    thresholds: list[float]     # of the classes; empty for exclusive ones
-    min_area: float             # smaller regions are removed; pixels of the submission
-    because: dict[str, str]     # of each of the three: where it comes from
-
-# %% ../nbs/43_combine.ipynb #9e5134a7
-def pixels_per_pixel(recipe: Recipe, samples: pd.DataFrame) -> float:
-    "How many stored pixels of a test image make one pixel of the submission"
-    test = samples[samples.split == "test"]
-    if recipe.submit.size is None or not len(test): return 1.0
-    return float((test.height * test.width).median()) / math.prod(recipe.submit.size)
-
-# %% ../nbs/43_combine.ipynb #82d29bfa
-def choose_area(oof: OutOfFold, candidate: Candidate,
-                per_pixel: float,   # of `pixels_per_pixel`
-               ) -> tuple[Candidate, float, str, pd.DataFrame | None]:  # at that area; the area; where it comes from; the search
-    "The recipe's smallest area, or the best one"
-    given = oof.recipe.postprocess.min_area
-    if given != "auto" and given <= 1: return candidate, 0.0, "as the recipe says", None
-    areas = AREAS if given == "auto" else (given * per_pixel,)
-    counts = mean_counts(oof, candidate.weights, candidate.thresholds, areas)
-    area, score, table = tune_min_area(counts, areas=areas, **oof.metric)
-    at = Candidate(candidate.weights, candidate.thresholds, counts[:, list(areas).index(area)], score, candidate.curve)
-    if given != "auto": return at, float(given), "as the recipe says", None
-    top = table.iloc[table.score.fillna(-1).argmax()] if not area else table[table.min_area == area].iloc[0]
-    text = f"{top.gain:+.4f} ± {top.error:.4f} on out-of-fold data"
-    how = f"found, {text}" if area else f"every region is kept: the best smallest area, {top.min_area:g}, gains {text}, no more than chance"
-    if not top.min_area: how = "every region is kept: removing small ones only costs"
-    return at, area / per_pixel, how, table.assign(min_area=table.min_area / per_pixel)
-
-# %% ../nbs/43_combine.ipynb #7d75dfd8
-def plain_decision(recipe: Recipe) -> Decision:
-    "The decision without out-of-fold data"
-    stated, given, area = stated_weights(recipe), given_thresholds(recipe), recipe.postprocess.min_area
-    none, said = "no out-of-fold data (folds.n is 0)", "as the recipe says"
-    fallback = [] if recipe.task == "multiclass" else [recipe.postprocess.fallback] * recipe.n_classes
-    because = {"weights": said if stated else f"{none}: all models count alike", "thresholds": said if given is not None else f"{none}: postprocess.fallback",
-               "min_area": said if area != "auto" else f"{none}: every region is kept"}
-    if recipe.task == "multiclass": because["thresholds"] = "the most probable class wins"
-    names = [m.name for m in recipe.models]
-    return Decision(stated or {name: 1 / len(names) for name in names}, fallback if given is None else [float(t) for t in given],
-                    0.0 if area == "auto" else float(area), because)
-
-# %% ../nbs/43_combine.ipynb #6bd9a3ca
-def decide(oof: OutOfFold,
-           per_pixel: float = 1.0,   # of `pixels_per_pixel`
-          ) -> tuple[Decision, Candidate, dict[str, pd.DataFrame]]:  # what it gives on the out-of-fold data; the searches: weights, min_area
-    "Weights, thresholds and smallest area, each by the recipe or by the metric on out-of-fold data"
-    candidate, weights, tried = choose_weights(oof)
-    candidate, area, small, table = choose_area(oof, candidate, per_pixel)
-    thresholds = "the most probable class wins" if not candidate.thresholds else "as the recipe says" if candidate.curve is None else "found on out-of-fold data"
-    decision = Decision(candidate.weights, candidate.thresholds, area, {"weights": weights, "thresholds": thresholds, "min_area": small})
-    return decision, candidate, {k: v for k, v in {"weights": tried, "min_area": table}.items() if v is not None}

@@ -6,17 +6,18 @@
 __all__ = ['fits_of', 'origin', 'predictor_of', 'out_of_fold', 'joined_runs', 'check_raw', 'places_of_bands', 'joined_stores',
            'check_store', 'other_folds', 'ballot', 'count_ballots', 'Members', 'decided_mask', 'shares_of', 'voters',
            'members_of', 'ensemble_of', 'masks_origin', 'with_submissions', 'file_ballot', 'check_ballots', 'tallied',
-           'predict_test', 'save_decision', 'read_decision', 'score_card', 'all_scores', 'no_scores', 'score_table',
-           'score_figure', 'metric_name', 'methods_figure', 'drawn_mask', 'example_figure']
+           'predict_test', 'save_decision', 'read_decision', 'score_card', 'honest_card', 'all_scores', 'no_scores',
+           'score_table', 'score_figure', 'metric_name', 'methods_figure', 'drawn_mask', 'example_figure']
 
-# %% ../nbs/40_ensemble.ipynb #f8f8dc5e
+# %% ../nbs/40_ensemble.ipynb #2cc3c2e1
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 import numpy as np, pandas as pd, torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
-from .combine import BAND, Candidate, Decision, OutOfFold, check_room, class_shares, evaluate, mean_probs, vote_shares, voter_mask, votes
+from .combine import BAND, Candidate, OutOfFold, check_room, class_shares, evaluate, mean_probs, vote_shares, voter_mask, votes
+from .decide import Decision
 from .figures import background, class_colors, label, new_figure, overlay, picture_grid, thumbnail, to_rgb
 from .files import DataError, RecipeError, SegnbError, read_json, sha256_file, write_json
 from .metrics import class_scores, image_scores, probability_hist, quantise, reduce_counts
@@ -199,15 +200,14 @@ class Members:
         ballots = [np.stack(own) for own in zip(*cast)]
         return [count_ballots(b, [self.weights[name]["votes"] for name in self.predictors], n) for b in ballots] if self.count else ballots
 
-# %% ../nbs/40_ensemble.ipynb #f2e543ae
+# %% ../nbs/40_ensemble.ipynb #e59fe25c
 def decided_mask(probs: np.ndarray,   # (C, H, W) float32
                  decision: Decision, recipe: Recipe) -> np.ndarray:  # (H, W) or (H, W, C) uint8
     "The mask of one test image: at submit.size, or for exclusive classes at its own"
     own, size = probs.shape[1:], recipe.submit.size or probs.shape[1:]
-    area = decision.min_area
-    if recipe.task == "multiclass": area *= math.prod(own) / math.prod(size)
-    elif tuple(size) != own: probs = resize_probs(torch.from_numpy(probs)[None], size)[0].numpy()
-    return to_mask(probs, task=recipe.task, thresholds=decision.thresholds, min_area=area)
+    if recipe.task != "multiclass" and tuple(size) != own: probs = resize_probs(torch.from_numpy(probs)[None], size)[0].numpy()
+    per_pixel = math.prod(probs.shape[1:]) / math.prod(size)
+    return to_mask(probs, task=recipe.task, thresholds=decision.thresholds, **decision.rules(per_pixel))
 
 # %% ../nbs/40_ensemble.ipynb #84a9ec19
 def shares_of(run: Run, decision: Decision) -> dict[tuple[str, int], float]:  # (model, fold) -> how much it counts
@@ -321,15 +321,22 @@ def score_card(oof: OutOfFold, candidate: Candidate) -> dict:
                 classes={c: number(s) for c, s in zip(oof.recipe.classes, class_scores(candidate.counts, over=oof.metric["over"], **how))},
                 thresholds=candidate.thresholds)
 
-# %% ../nbs/40_ensemble.ipynb #4c0e66af
-def all_scores(oof: OutOfFold, ensemble: Candidate) -> dict:
+# %% ../nbs/40_ensemble.ipynb #c9426268
+def honest_card(oof: OutOfFold, honest: Candidate | None) -> dict:
+    "The ensemble's score and folds with everything that was tuned found on the other folds; None where that cannot be known"
+    card = score_card(oof, honest) if honest else {"score": None, "folds": {}}
+    return {"honest": card["score"], "honest_folds": card["folds"]}
+
+def all_scores(oof: OutOfFold, ensemble: Candidate, honest: Candidate | None, gains: pd.DataFrame) -> dict:   # as `decide` gives them
     "What `scores.json` holds"
     models = {name: score_card(oof, evaluate(oof, oof.alone(name))) for name in oof.stores}
-    return dict(metric=oof.metric, images=len(oof), models=models, ensemble=score_card(oof, ensemble))
+    number = lambda x: x if isinstance(x, (str, bool)) else round(x, 6) if math.isfinite(x) else None
+    steps = [{key: number(x) for key, x in row.items()} for row in gains.to_dict("records")]
+    return dict(metric=oof.metric, images=len(oof), models=models, ensemble={**score_card(oof, ensemble), **honest_card(oof, honest)}, gains=steps)
 
 def no_scores(recipe: Recipe) -> dict:
     "What `scores.json` holds without folds"
-    return dict(metric=recipe.metric.model_dump(), images=0, models={}, ensemble=None)
+    return dict(metric=recipe.metric.model_dump(), images=0, models={}, ensemble=None, gains=[])
 
 # %% ../nbs/40_ensemble.ipynb #e9040e88
 def score_table(scores: dict) -> pd.DataFrame:   # model, then a column a fold
@@ -377,9 +384,9 @@ def drawn_mask(image: np.ndarray, mask: np.ndarray, recipe: Recipe) -> np.ndarra
     small, mask = thumbnail(to_rgb(image, recipe.data.scale), mask)
     return overlay(small, mask, class_colors(recipe.n_classes), skip=background(recipe.classes), ignore_index=recipe.data.ignore_index)
 
-# %% ../nbs/40_ensemble.ipynb #87523edd
+# %% ../nbs/40_ensemble.ipynb #cf2a3890
 def example_figure(oof: OutOfFold, candidate: Candidate,
-                   min_area: float = 0,   # in stored pixels
+                   rules: Mapping,        # of `to_mask`, in stored pixels
                    n: int = 3,            # rows
                   ) -> tuple[Figure, pd.DataFrame]:   # with the score of every image
     "The images the ensemble is worst at, and those it is best at, as they should be and as they came out"
@@ -389,7 +396,7 @@ def example_figure(oof: OutOfFold, candidate: Candidate,
     places, pictures, titles = list(table.index), [], []
     for place in [p for pair in zip(places[:n], places[::-1][:n]) for p in pair]:
         image, probs = oof.image(place), mean_probs(oof.stores, candidate.weights, oof.image_ids[place])
-        mask = to_mask(probs, task=oof.recipe.task, thresholds=candidate.thresholds, min_area=min_area)
+        mask = to_mask(probs, task=oof.recipe.task, thresholds=candidate.thresholds, **rules)
         pictures += [drawn_mask(image, m, oof.recipe) for m in (oof.truth(place), mask)]
         titles += [f"truth of {oof.image_ids[place]}", f"found: {own[place]:.3f}"]
     fig = picture_grid(pictures, titles, columns=4, title="Worst (left) and best (right) out of fold", classes=oof.recipe.classes, skip=background(oof.recipe.classes))

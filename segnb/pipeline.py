@@ -52,7 +52,7 @@ class Stage:
     reuses: bool = False           # its next run keeps files of the last one
     within: str = ""               # it is a part of this stage
 
-# %% ../nbs/09_pipeline.ipynb #17ac7d41
+# %% ../nbs/09_pipeline.ipynb #c8e5cca0
 STAGES = {stage.name: stage for stage in (
     Stage("check", "", (), "task classes data submit", "all", "doctor.json samples.parquet"),
     Stage("folds", "", ("check",), "task classes data folds seed", "train", "folds.csv", within="check"),
@@ -60,7 +60,7 @@ STAGES = {stage.name: stage for stage in (
     Stage("augment", "20_augment", ("folds",), "task classes data augment mixing seed", "train", "augment/**/*"),
     Stage("train", "30_train", ("folds",), "task classes data metric augment sampling mixing loss optim train predict encoder_weights seed", "train",
           "models/{model}/fold{fold}/**/*", resumes="models/{model}/fold{fold}/last.ckpt", reuses=True),
-    Stage("ensemble", "40_ensemble", ("folds", "train"), "task classes data metric predict ensemble postprocess submit seed", "train test",
+    Stage("ensemble", "40_ensemble", ("folds", "train"), "task classes data metric folds predict ensemble postprocess submit seed", "train test",
           "oof/**/* ensemble/**/* test_masks/**/* ensemble.json scores.json", reuses=True),
     Stage("submit", "50_submit", ("check", "ensemble"), "task classes data metric submit", "test", "submission.*"),
 )}

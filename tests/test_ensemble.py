@@ -5,8 +5,9 @@ import torch
 from torch import nn
 from segnb import ensemble
 from segnb.data import read_samples
+from segnb.combine import choose_weights
+from segnb.decide import Decision, plain_decision
 from segnb.ensemble import ensemble_of, fits_of, out_of_fold, other_folds, predict_test, read_decision, save_decision, with_submissions
-from segnb.combine import Decision, choose_weights, plain_decision
 from segnb.files import DataError, RecipeError, SegnbError, write_bytes, write_json
 from segnb.pipeline import STAGES, Task, changes, open_run, split_folds, task_parts
 from segnb.sample import draw_sample

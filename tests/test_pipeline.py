@@ -60,6 +60,9 @@ def test_every_file_of_the_road_is_there(finished):
     assert set(stages) == {"check", "folds", "eda", "augment", "train small fold 0", "train small fold 1", "ensemble", "submit"}
     for record in stages.values():
         for name, digest in record["outputs"].items(): assert sha256((folder / name).read_bytes()).hexdigest() == digest
+    scores = json.loads((folder / "scores.json").read_text("utf8"))
+    assert scores["ensemble"]["honest_folds"].keys() == {"0", "1"} and scores["ensemble"]["honest"] is not None
+    assert [row["step"] for row in scores["gains"]] == ["plain", "thresholds", "min_area", "all"] and "oof/gains.png" in stages["ensemble"]["outputs"]
 
 
 def test_what_is_up_to_date_is_reused_and_the_reason_is_said(finished, tiny, tmp_path):
