@@ -356,13 +356,13 @@ def greedy_rounds(value: Callable[[np.ndarray], float],   # weights (n,) -> what
         if at(taken / size) > most + 1e-9: best, most = taken / size, at(taken / size)
     return best, most, [(*w, v) for w, v in tried.items()]
 
-# %% ../nbs/43_combine.ipynb #c44f8630
+# %% ../nbs/43_combine.ipynb #ac043c94
 def stated_weights(recipe: Recipe,
                    names: Sequence[str] | None = None,   # of the members; None: the recipe's models
                   ) -> dict[str, float] | None:          # None: to be found
     "What `ensemble` says of the members' weights"
     names, given = list(names or [m.name for m in recipe.models]), recipe.ensemble.weights
-    if recipe.ensemble.method == "mean" or len(names) == 1: return {name: 1 / len(names) for name in names}
+    if recipe.ensemble.method == "mean" or len(names) == 1 and recipe.ensemble.method != "vote": return {name: 1 / len(names) for name in names}
     if given is None or recipe.ensemble.method != "weighted": return None
     check_named(given, names)
     if not sum(given[name] for name in names): raise RecipeError("ensemble.weights are all 0: give a member more than that.")

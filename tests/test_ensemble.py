@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from conftest import segnb
 from segnb import ensemble
 from segnb.data import read_samples
 from segnb.combine import choose_weights
@@ -214,6 +215,18 @@ def test_finished_submissions_vote(make_run, tmp_path):
         assert (masks[i] == (ones >= 3)).all()
     short = {name: {k: v for k, v in drawn[name].items() if name != "b" or k != next(iter(drawn["b"]))} for name in "abc"}
     with pytest.raises(DataError, match="b has no mask of 1 of the 5 test images"): predict_test(run, chosen, short)
+
+
+def test_files_vote_from_the_command_line(make_run, tmp_path):
+    run, rng = make_run(), np.random.default_rng(0)
+    samples, data = run.samples(), ["--set", f"data.root={run.recipe.data.root}"]
+    test = samples[samples.split == "test"]
+    masks = [{i: rng.integers(0, 2, size, np.uint8) for i, *size in zip(test.image_id, test.height, test.width)} for _ in range(3)]
+    files = [write_submission(run.recipe, own, tmp_path / f"{k}.csv", samples=samples) for k, own in enumerate(masks)]
+    said = segnb("vote", "demo", *files, "--out", tmp_path / "voted.csv", *data).stdout
+    voted = read_submission(run.recipe, tmp_path / "voted.csv", samples=samples)
+    assert all((voted[i] == (sum(own[i].astype(int) for own in masks) >= 2)).all() for i in masks[0]) and "the vote of 3 submissions" in said
+    assert "3 files and 2 weights" in segnb("vote", "demo", *files, "--out", tmp_path / "x.csv", "--weights", "1,2", *data, code=2).stderr
 
 
 def test_what_makes_the_ensemble_stale(make_run, tmp_path):
