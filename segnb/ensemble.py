@@ -7,7 +7,7 @@ __all__ = ['fits_of', 'origin', 'predictor_of', 'out_of_fold', 'decided_mask', '
            'read_decision', 'score_card', 'all_scores', 'no_scores', 'score_table', 'score_figure', 'metric_name',
            'drawn_mask', 'example_figure']
 
-# %% ../nbs/40_ensemble.ipynb #6ffab9b9
+# %% ../nbs/40_ensemble.ipynb #18726628
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -15,6 +15,7 @@ import numpy as np, pandas as pd, torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 from .combine import Candidate, Decision, OutOfFold, evaluate, mean_probs
+from .crf import crf_options, refined
 from .figures import background, class_colors, label, new_figure, overlay, picture_grid, thumbnail, to_rgb
 from .files import SegnbError, read_json, sha256_file, write_json
 from .metrics import class_scores, image_scores, probability_hist, quantise, reduce_counts
@@ -91,18 +92,19 @@ def shares_of(run: Run, decision: Decision) -> dict[tuple[str, int], float]:  # 
     "The weight of every network: folds of one model count alike, and models of no weight are left out"
     return {(model, k): decision.weights[model] / len(folds) for model, folds in fits_of(run).items() if decision.weights[model] for k in folds}
 
-# %% ../nbs/40_ensemble.ipynb #a9c305a3
+# %% ../nbs/40_ensemble.ipynb #edec3a00
 def predict_test(run: Run, decision: Decision) -> MaskStore:
     "Masks of all test images, in `test_masks`; those stored already are kept"
     samples, pack = run.samples(), run.pack()
     shares = shares_of(run, decision)
     fits = {model: folds for model, folds in fits_of(run).items() if decision.weights[model]}
     how = {k: v for k, v in asdict(decision).items() if k != "because"} | {"size": run.recipe.submit.size}
+    if (crf := run.recipe.postprocess.crf): how["crf"] = crf_options(crf) | code_of("import segnb.crf")
     writer = MaskWriter(run.path("test_masks"), {**origin(run, fits, "test"), "decision": how})
     todo = [i for i in samples.index[samples.split == "test"] if samples.image_id[i] not in writer]
     predictor = predictor_of(run, shares, int((samples.height * samples.width)[todo].max())) if todo else None
-    for i, _, probs in tqdm(predict_stream(predictor, pack.image, todo) if todo else [], total=len(todo), desc="test images", unit="image"):
-        writer.put(samples.image_id[i], decided_mask(probs, decision, run.recipe))
+    for i, image, probs in tqdm(predict_stream(predictor, pack.image, todo) if todo else [], total=len(todo), desc="test images", unit="image"):
+        writer.put(samples.image_id[i], decided_mask(refined(probs, image, run.recipe), decision, run.recipe))
     writer.close()
     return MaskStore(run.path("test_masks"))
 
@@ -167,7 +169,7 @@ def drawn_mask(image: np.ndarray, mask: np.ndarray, recipe: Recipe) -> np.ndarra
     small, mask = thumbnail(to_rgb(image, recipe.data.scale), mask)
     return overlay(small, mask, class_colors(recipe.n_classes), skip=background(recipe.classes), ignore_index=recipe.data.ignore_index)
 
-# %% ../nbs/40_ensemble.ipynb #87523edd
+# %% ../nbs/40_ensemble.ipynb #2b89b174
 def example_figure(oof: OutOfFold, candidate: Candidate,
                    min_area: float = 0,   # in stored pixels
                    n: int = 3,            # rows
@@ -178,7 +180,8 @@ def example_figure(oof: OutOfFold, candidate: Candidate,
     n = min(n, max(1, len(table) // 2))
     places, pictures, titles = list(table.index), [], []
     for place in [p for pair in zip(places[:n], places[::-1][:n]) for p in pair]:
-        image, probs = oof.image(place), mean_probs(oof.stores, candidate.weights, oof.image_ids[place])
+        image = oof.image(place)
+        probs = refined(mean_probs(oof.stores, candidate.weights, oof.image_ids[place]), image, oof.recipe)
         mask = to_mask(probs, task=oof.recipe.task, thresholds=candidate.thresholds, min_area=min_area)
         pictures += [drawn_mask(image, m, oof.recipe) for m in (oof.truth(place), mask)]
         titles += [f"truth of {oof.image_ids[place]}", f"found: {own[place]:.3f}"]

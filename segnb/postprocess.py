@@ -4,17 +4,21 @@
 
 # %% auto #0
 __all__ = ['AREAS', 'region_areas', 'remove_small', 'own_areas', 'give_away', 'to_mask', 'given_thresholds', 'tune_thresholds',
-           'area_counts', 'gain_error', 'tune_min_area', 'threshold_figure']
+           'area_counts', 'gain_error', 'tune_min_area', 'threshold_figure', 'dense_crf']
 
-# %% ../nbs/41_postprocess.ipynb #4cde3ff3
+# %% ../nbs/41_postprocess.ipynb #1ee43266
 from collections.abc import Iterable, Sequence
 import cv2
 import numpy as np, pandas as pd
 from matplotlib.figure import Figure
+from .crf import dense_crf
 from .figures import add_legend, class_colors, new_figure
 from .files import RecipeError
 from .metrics import BINS, THRESHOLDS, class_scores, count, pair_scores, reduce_counts, threshold_counts
 from .recipe import Recipe
+
+# %% ../nbs/41_postprocess.ipynb #addb52e0
+_all_ = ["dense_crf"]
 
 # %% ../nbs/41_postprocess.ipynb #faea96b2
 def region_areas(mask: np.ndarray,   # (H, W) 0/1
