@@ -7,12 +7,13 @@ __all__ = ['BRIDGED', 'SURE', 'CRF_PRESETS', 'near_sums', 'tilted', 'corners', '
            'Lattice', 'normalised', 'crf_kernels', 'softmax', 'exclusive_field', 'label_fields', 'dense_crf',
            'check_crf_input', 'crf_options', 'refined']
 
-# %% ../nbs/41_crf.ipynb #2f5eb0d9
+# %% ../nbs/41_crf.ipynb #90962a03
 from collections.abc import Callable
 import cv2
 import numpy as np
 from scipy import sparse
 from .figures import to_rgb
+from .files import parallel_map
 from .recipe import Crf, Recipe
 
 # %% ../nbs/41_crf.ipynb #233b202b
@@ -82,7 +83,7 @@ def blur_along(keys: np.ndarray, step: int) -> sparse.csr_matrix:   # (M, M) flo
     shares = np.repeat(np.float32([0.25, 0.5]), [2 * len(here), len(keys)])
     return sparse.csr_matrix((shares, (np.r_[here, after, every], np.r_[after, here, every])), shape=(len(keys), len(keys)))
 
-# %% ../nbs/41_crf.ipynb #5d522219
+# %% ../nbs/41_crf.ipynb #594a2984
 class Lattice:
     "Sums over all points, weighted by exp(-distance² / 2): (N, C) float32 -> (N, C), up to a common factor"
     def __init__(self, features: np.ndarray):   # (N, D), distances in standard deviations
@@ -93,9 +94,13 @@ class Lattice:
         column = np.searchsorted(every, keys.ravel())
         rows = np.arange(0, keys.size + 1, keys.shape[1])
         self.collect = sparse.csr_matrix((weights.astype(np.float32).ravel(), column, rows), shape=(len(keys), len(every)))
-        self.spread, self.blurs = self.collect.T.tocsr(), [blur_along(every, step) for step in aside]
+        self.spread, self.blurs = self.collect.T.tocsr(), list(parallel_map(lambda step: blur_along(every, step), aside, 2))
 
     def __call__(self, values: np.ndarray) -> np.ndarray:
+        halves = [np.ascontiguousarray(part) for part in np.array_split(values, min(2, values.shape[1]), 1)]   # two threads: sparse products let go of the interpreter
+        return np.concatenate(list(parallel_map(self._sums, halves, len(halves) - 1 and 2)), 1)
+
+    def _sums(self, values):
         at = self.spread @ values
         for blur in self.blurs: at = blur @ at
         return self.collect @ at

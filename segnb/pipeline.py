@@ -418,7 +418,7 @@ def written(run: Run, task: Task) -> dict[str, str]:  # relative name -> sha256
     files = [p for p in sorted(found - partial) if p.is_file() and not p.name.startswith(".")]
     return fingerprint(files, run.folder, run.path(".hashes.json"))
 
-# %% ../nbs/09_pipeline.ipynb #7d2a71b7
+# %% ../nbs/09_pipeline.ipynb #1741f44e
 def task_parts(run: Run, task: Task) -> dict:  # name -> plain values and hashes
     "All that the result of `task` depends on, by name"
     stage = task.stage
@@ -433,9 +433,13 @@ def task_parts(run: Run, task: Task) -> dict:  # name -> plain values and hashes
     return json.loads(json.dumps({**parts, "code": stage_code(stage)}))
 
 def unlabelled_parts(run: Run, asked: Recipe) -> dict[str, str]:  # 'test files' -> hash, …
-    "Hashes of the images that pseudo-labels are made for"
+    "Hashes of the images that pseudo-labels are made for; DataError where a training image is among them"
     parts = raw_parts(run, replace(STAGES["train"], raw="test")) if asked.pseudo.test else {}
     found = fingerprint(folder_pictures(asked.pseudo.folders), run.folder, run.path(".unlabelled.json"))
+    samples = run.samples()
+    known = {run.raw.get(name): name for name in samples[samples.split == "train"].image} if found else {}
+    for name, content in found.items():
+        if content in known: raise DataError(f"pseudo.folders: {name} is the training image {known[content]}, and the fold that validates on it would learn it. Take it out of the folder.")
     return parts | ({"pseudo.folders content": sha256_text(json.dumps(list(found.values())))} if found else {})
 
 def weight_files(recipe: Recipe, model: str) -> dict[str, str | None]:
