@@ -232,12 +232,13 @@ def round_folder(run: Run, model: str, fold: int, round: int) -> Path:
     folder = run.path("models", model, f"fold{fold}")
     return folder if round == run.recipe.pseudo.rounds else folder / f"round{round}"
 
-# %% ../nbs/30_train.ipynb #c2c007f0
+# %% ../nbs/30_train.ipynb #720df339
 def _job(self, entry: Model, key: str) -> Job:
     "What the engine needs"
     recipe, plan, run = self.recipe, self.plan(entry), self.run
     tracked = any(name != "csv" for name in recipe.track)
-    tracker = (lambda resumed: Tracker(recipe, run.folder, run.folder.name, entry.name, self.fold, resumed=resumed)) if tracked else None
+    name = entry.name if self.round == recipe.pseudo.rounds else f"{entry.name}_round{self.round}"
+    tracker = (lambda resumed: Tracker(recipe, run.folder, run.folder.name, name, self.fold, resumed=resumed)) if tracked else None
     return Job(self.folder, recipe, plan, lambda weights: new_model(recipe, entry, self.pack, weights), self.loss, self.dataset(plan), self.pack,
                self.valid_rows, self.samples.image_id.tolist(), key, self.label, self.device, entry.precision, entry.memory_format, bool(entry.compile),
                self.share(entry), self.place.nodes, self.workers, self.mixer, tracker)
