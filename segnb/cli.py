@@ -283,10 +283,11 @@ def load_ensemble(run) -> tuple:  # Predictor, Decision
     decision = read_decision(run)
     return ensemble_of(run, decision, pixels=1), decision
 
-# %% ../nbs/90_cli.ipynb #0d574496
+# %% ../nbs/90_cli.ipynb #eefbfac3
 def predict_image(predictor, decision, recipe, path: Path) -> dict[str, bytes]:  # file name -> PNG
     "Mask and overlay of one picture, at its own size"
     import cv2
+    from segnb.crf import refined
     from segnb.data import read_image_file
     from segnb.figures import background, class_colors, overlay, to_rgb
     from segnb.postprocess import to_mask
@@ -294,7 +295,7 @@ def predict_image(predictor, decision, recipe, path: Path) -> dict[str, bytes]: 
     check_bands(image, predictor, path)
     size = recipe.submit.size or image.shape[:2]
     rules = decision.rules(image.shape[0] * image.shape[1] / (size[0] * size[1]))   # they count pixels of the submission
-    mask = to_mask(predictor([image])[0], task=recipe.task, thresholds=decision.thresholds, **rules)
+    mask = to_mask(refined(predictor([image])[0], image, recipe), task=recipe.task, thresholds=decision.thresholds, **rules)
     drawn = overlay(to_rgb(image, recipe.data.scale), mask, class_colors(recipe.n_classes), skip=background(recipe.classes))
     return {**mask_files(mask, path.stem, recipe), f"{path.stem}_overlay.png": cv2.imencode(".png", drawn[..., ::-1])[1].tobytes()}
 

@@ -5,19 +5,20 @@
 # %% auto #0
 __all__ = ['WITHOUT', 'UNITS', 'Decision', 'pixels_per_pixel', 'plain_decision', 'brief', 'splits', 'gain_interval', 'Plan',
            'Ladder', 'joined', 'gains', 'take', 'because', 'in_words', 'counts_of', 'start_ladder', 'threshold_step',
-           'weight_step', 'plan_counts', 'rule_step', 'decide', 'decision_of', 'gain_figure']
+           'weight_step', 'crf_step', 'plan_counts', 'rule_step', 'decide', 'decision_of', 'gain_figure']
 
-# %% ../nbs/44_decide.ipynb #99a5802a
+# %% ../nbs/44_decide.ipynb #9bdb1e5e
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 import numpy as np, pandas as pd
 from matplotlib.figure import Figure
-from .combine import MARGIN, Candidate, OutOfFold, choose_weights, hist_counts, labels_of, mean_counts, mean_hists, mean_probs, stated_weights
+from .combine import MARGIN, Candidate, OutOfFold, check_room, choose_weights, hist_counts, labels_of, mean_counts, mean_hists, mean_probs, stated_weights
 from .figures import new_figure
 from .metrics import reduce_counts
 from .postprocess import LABEL_RULES, VALUES, given_rules, given_thresholds, one_threshold, resampled, rules_of, scaled_rules, tune_thresholds, tune_value, tune_values, value_counts
 from .recipe import Recipe
+from .refine import refined_oof
 
 # %% ../nbs/44_decide.ipynb #47f791e2
 @dataclass
@@ -95,7 +96,7 @@ def gain_interval(new: np.ndarray,      # (N, C, 3) counts
     moved = resampled(new, times, **convention) - resampled(old, times, **convention)
     return gain, *(float(q) for q in np.nanquantile(moved, [0.05, 0.95]))
 
-# %% ../nbs/44_decide.ipynb #c12fdd4d
+# %% ../nbs/44_decide.ipynb #5e8ce24d
 @dataclass(frozen=True)
 class Plan:
     "What some images say, and what it gives on others"
@@ -105,6 +106,12 @@ class Plan:
     thresholds: list[float]    # empty for exclusive classes
     counts: np.ndarray         # (J, C, 3) of the judged images
     rules: dict[str, np.ndarray] = field(default_factory=dict)   # rule -> (C,) in stored pixels
+    refined: str = ""          # the member of `oof.stores` that is the mean after the CRF
+
+    @property
+    def reads(self) -> dict[str, float]:
+        "Whose probabilities make the masks"
+        return {self.refined: 1.0} if self.refined else self.weights
 
 @dataclass
 class Ladder:
@@ -212,7 +219,22 @@ def weight_step(ladder: Ladder):
     if take(ladder, "weights", changes, "" if same else "they", stated=asked) and tuned: ladder.curve = best.curve
     if same or asked: ladder.because["weights"] = how
 
-# %% ../nbs/44_decide.ipynb #537c11ff
+# %% ../nbs/44_decide.ipynb #78dc6c9c
+def crf_step(ladder: Ladder):
+    "The recipe's CRF, on the mean of each plan"
+    oof = ladder.oof
+    if oof.recipe.postprocess.crf is None: return
+    tuned = any(row["step"] == "thresholds" and row["kept"] for row in ladder.rows)
+    stores = {str(plan.weights): refined_oof(oof, plan.weights).stores["crf"] for plan in ladder.plans}
+    oof.stores |= {store.folder.name: store for store in stores.values()}
+    changes = []
+    for plan in ladder.plans:
+        name, thresholds = stores[str(plan.weights)].folder.name, plan.thresholds
+        if tuned: thresholds = [float(t) for t in tune_thresholds(mean_hists(oof, {name: 1.0})[plan.tune], margin=MARGIN, shared=one_threshold(oof.recipe), **oof.metric)[0]]
+        changes.append(dict(refined=name, thresholds=thresholds, counts=counts_of(oof.subset(plan.judge), {name: 1.0}, thresholds)))
+    take(ladder, "crf", changes, "", stated=True)
+
+# %% ../nbs/44_decide.ipynb #d4de574e
 def plan_counts(oof: OutOfFold, plans: Sequence[Plan], rule: str,
                 values: np.ndarray,        # (A, C) in stored pixels
                ) -> list[np.ndarray]:      # of each plan: (N, A, C, 3) int64
@@ -223,18 +245,19 @@ def plan_counts(oof: OutOfFold, plans: Sequence[Plan], rule: str,
 
 def _exclusive_counts(oof, plans, rule, values, i):
     seen = {}
+    check_room(oof.recipe, 12 * math.prod(oof.stores[next(iter(oof.stores))].shape(oof.image_ids[i])), f"The probabilities of '{oof.image_ids[i]}', all classes together,")
     for plan in plans:
         key = _key(plan)
-        if key not in seen: seen[key] = value_counts(mean_probs(oof.stores, plan.weights, oof.image_ids[i]), oof.truth(i), rule, values, **oof.rule, **plan.rules)
+        if key not in seen: seen[key] = value_counts(mean_probs(oof.stores, plan.reads, oof.image_ids[i]), oof.truth(i), rule, values, **oof.rule, **plan.rules)
     return [seen[_key(plan)] for plan in plans]
 
 def _key(plan, c=slice(None)):
     "Plans with the same key make the same masks (of class `c`)"
-    return str((plan.weights, np.array(plan.thresholds)[c], [(name, value[c].tolist()) for name, value in plan.rules.items()]))
+    return str((plan.reads, np.array(plan.thresholds)[c], [(name, value[c].tolist()) for name, value in plan.rules.items()]))
 
-# %% ../nbs/44_decide.ipynb #ada800e1
+# %% ../nbs/44_decide.ipynb #00117c2f
 def _label_counts(oof, plans, rule, values, i):
-    different = {str(plan.weights): plan.weights for plan in plans}
+    different = {str(plan.reads): plan.reads for plan in plans}
     out, how = [], {**oof.rule, "task": "binary"}
     for c, pairs in enumerate(zip(*(labels_of(oof, weights, i) for weights in different.values()))):
         means, seen = dict(zip(different, pairs)), {}
@@ -242,7 +265,7 @@ def _label_counts(oof, plans, rule, values, i):
             key = _key(plan, c)
             if key not in seen:
                 before = {name: value[c] for name, value in plan.rules.items()}
-                seen[key] = value_counts(*means[str(plan.weights)], rule, values[:, c], thresholds=plan.thresholds[c], **how, **before)
+                seen[key] = value_counts(*means[str(plan.reads)], rule, values[:, c], thresholds=plan.thresholds[c], **how, **before)
         out.append([seen[_key(plan, c)] for plan in plans])
     return [np.concatenate(of_plan, 1) for of_plan in zip(*out)]
 
@@ -270,7 +293,7 @@ def _find(counts, values, shared, metric):
     best, table = (tune_value if shared else tune_values)(counts, values, **metric)
     return np.broadcast_to(best, counts.shape[2]), table
 
-# %% ../nbs/44_decide.ipynb #851ff79a
+# %% ../nbs/44_decide.ipynb #6acb94c9
 def decide(oof: OutOfFold,
            per_pixel: float = 1.0,           # of `pixels_per_pixel`
            groups: Sequence | None = None,   # of the images, where folds are grouped
@@ -281,6 +304,7 @@ def decide(oof: OutOfFold,
     plain = ladder.plans
     threshold_step(ladder)
     weight_step(ladder)
+    crf_step(ladder)
     for rule in rules_of(oof.recipe.task): rule_step(ladder, rule)
     whole, honest = ladder.plans[0], joined(ladder.plans, len(oof))
     made = lambda counts: Candidate(whole.weights, whole.thresholds, counts[np.argsort(order)], reduce_counts(counts, **oof.metric), ladder.curve)

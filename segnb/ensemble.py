@@ -9,7 +9,7 @@ __all__ = ['fits_of', 'origin', 'predictor_of', 'out_of_fold', 'joined_runs', 'c
            'predict_test', 'save_decision', 'read_decision', 'score_card', 'honest_card', 'all_scores', 'no_scores',
            'score_table', 'score_figure', 'metric_name', 'methods_figure', 'drawn_mask', 'example_figure']
 
-# %% ../nbs/40_ensemble.ipynb #2cc3c2e1
+# %% ../nbs/40_ensemble.ipynb #0629226b
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 from .combine import BAND, Candidate, OutOfFold, check_room, class_shares, evaluate, mean_probs, vote_shares, voter_mask, votes
 from .decide import Decision
+from .crf import crf_options, refined
 from .figures import background, class_colors, label, new_figure, overlay, picture_grid, thumbnail, to_rgb
 from .files import DataError, RecipeError, SegnbError, read_json, sha256_file, write_json
 from .metrics import class_scores, image_scores, probability_hist, quantise, reduce_counts
@@ -244,7 +245,7 @@ def ensemble_of(run: Run, decision: Decision,
     predictors = {name: predictor_of(other, {(model, k): 1.0 for k in folds}, 2 * pixels) for name, (other, model, folds, _) in members.items()}
     return Members(predictors, decision.weights, bands={name: m[3] for name, m in members.items()}, size=size, count=count)
 
-# %% ../nbs/40_ensemble.ipynb #66227b40
+# %% ../nbs/40_ensemble.ipynb #0fec9a0f
 def masks_origin(run: Run, decision: Decision) -> dict:
     "What the test masks depend on: every network that counts, files that vote, and the decision"
     members = members_of(run, voters(decision, run.recipe.n_classes))
@@ -252,6 +253,7 @@ def masks_origin(run: Run, decision: Decision) -> dict:
     joined = {name: {**origin(other, {model: folds}, "test"), "images": ""} for name, (other, model, folds, _) in members.items() if other is not run}
     order = list(decision.weights) if votes(decision.weights) else []   # decides ties
     how = {k: v for k, v in asdict(decision).items() if k != "because"} | {"size": run.recipe.submit.size, "order": order}
+    if (crf := run.recipe.postprocess.crf): how["crf"] = crf_options(crf) | code_of("import segnb.crf")
     files = {name: sha256_file(path) for name, path in run.recipe.ensemble.submissions.items()}
     return {**origin(run, fits, "test"), "decision": how, **({"joined": joined} if joined else {}), **({"files": files} if files else {})}
 
@@ -285,7 +287,7 @@ def tallied(run: Run, decision: Decision, image_id: str, ballots: np.ndarray, su
     weights = [decision.weights[name]["votes"] for name in [*voters(decision, run.recipe.n_classes), *submissions]]
     return count_ballots(np.stack([*ballots, *more]), weights, run.recipe.n_classes if task == "multiclass" else None)
 
-# %% ../nbs/40_ensemble.ipynb #429d9980
+# %% ../nbs/40_ensemble.ipynb #a089850d
 def predict_test(run: Run, decision: Decision,
                  submissions: Mapping[str, Mapping[str, np.ndarray]] = {},   # files that vote: name -> masks by image id
                 ) -> MaskStore:
@@ -295,9 +297,9 @@ def predict_test(run: Run, decision: Decision,
     writer, ballots = MaskWriter(run.path("test_masks"), masks_origin(run, decision)), votes(decision.weights)
     todo = [i for i in samples.index[samples.split == "test"] if samples.image_id[i] not in writer]
     predictor = ensemble_of(run, decision, int((samples.height * samples.width)[todo].max()), run.recipe.submit.size, count=False) if todo else None
-    for i, _, probs in tqdm(predict_stream(predictor, pack.image, todo) if todo else [], total=len(todo), desc="test images", unit="image"):
+    for i, image, probs in tqdm(predict_stream(predictor, pack.image, todo) if todo else [], total=len(todo), desc="test images", unit="image"):
         if ballots: probs = tallied(run, decision, samples.image_id[i], probs, submissions)
-        writer.put(samples.image_id[i], decided_mask(probs, decision, run.recipe))
+        writer.put(samples.image_id[i], decided_mask(refined(probs, image, run.recipe), decision, run.recipe))
     writer.close()
     return MaskStore(run.path("test_masks"))
 
@@ -384,7 +386,7 @@ def drawn_mask(image: np.ndarray, mask: np.ndarray, recipe: Recipe) -> np.ndarra
     small, mask = thumbnail(to_rgb(image, recipe.data.scale), mask)
     return overlay(small, mask, class_colors(recipe.n_classes), skip=background(recipe.classes), ignore_index=recipe.data.ignore_index)
 
-# %% ../nbs/40_ensemble.ipynb #cf2a3890
+# %% ../nbs/40_ensemble.ipynb #90d9d9ba
 def example_figure(oof: OutOfFold, candidate: Candidate,
                    rules: Mapping,        # of `to_mask`, in stored pixels
                    n: int = 3,            # rows
@@ -395,7 +397,8 @@ def example_figure(oof: OutOfFold, candidate: Candidate,
     n = min(n, max(1, len(table) // 2))
     places, pictures, titles = list(table.index), [], []
     for place in [p for pair in zip(places[:n], places[::-1][:n]) for p in pair]:
-        image, probs = oof.image(place), mean_probs(oof.stores, candidate.weights, oof.image_ids[place])
+        image = oof.image(place)
+        probs = refined(mean_probs(oof.stores, candidate.weights, oof.image_ids[place]), image, oof.recipe)
         mask = to_mask(probs, task=oof.recipe.task, thresholds=candidate.thresholds, **rules)
         pictures += [drawn_mask(image, m, oof.recipe) for m in (oof.truth(place), mask)]
         titles += [f"truth of {oof.image_ids[place]}", f"found: {own[place]:.3f}"]

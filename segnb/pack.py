@@ -28,8 +28,8 @@ from .masks import pack_labels, unpack_labels
 from .recipe import Recipe, load_recipe
 from .sample import draw_sample
 
-# %% ../nbs/04_pack.ipynb #d8bd9da1
-STREAMS = {"order": 0, "sample": 1, "choice": 2, "bank": 3, "mixing": 16}   # mixing: 16 and up, one for each entry
+# %% ../nbs/04_pack.ipynb #f0f611da
+STREAMS = {"order": 0, "sample": 1, "choice": 2, "bank": 3, "pseudo": 4, "mixing": 16}   # mixing: 16 and up, one for each entry
 
 def stream_rng(seed: int,    # of the run, 0 or more
                stream: int,  # of `STREAMS`

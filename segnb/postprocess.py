@@ -6,17 +6,22 @@
 __all__ = ['ANY', 'LABEL_RULES', 'CLASS_RULES', 'AREAS', 'VALUES', 'region_areas', 'remove_small', 'hole_areas',
            'fill_small_holes', 'keep_largest', 'fill_outlines', 'straighten', 'most_probable', 'own_areas', 'give_away',
            'rules_of', 'to_mask', 'given_thresholds', 'one_threshold', 'given_rules', 'scaled_rules', 'tune_thresholds',
-           'value_counts', 'area_counts', 'resampled', 'gain_error', 'tune_value', 'tune_values', 'threshold_figure']
+           'value_counts', 'area_counts', 'resampled', 'gain_error', 'tune_value', 'tune_values', 'threshold_figure',
+           'dense_crf']
 
-# %% ../nbs/41_postprocess.ipynb #d0819572
+# %% ../nbs/41_postprocess.ipynb #892cc8e0
 from collections.abc import Mapping, Sequence
 import cv2
 import numpy as np, pandas as pd
 from matplotlib.figure import Figure
+from .crf import dense_crf
 from .figures import add_legend, class_colors, new_figure
 from .files import RecipeError
 from .metrics import BINS, THRESHOLDS, count, image_scores, pair_scores, reduce_counts, threshold_counts
 from .recipe import Recipe
+
+# %% ../nbs/41_postprocess.ipynb #addb52e0
+_all_ = ["dense_crf"]
 
 # %% ../nbs/41_postprocess.ipynb #faea96b2
 def region_areas(mask: np.ndarray,   # (H, W) 0/1

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Share', 'Size', 'FORMATS', 'AnyData', 'Pixels', 'Amount', 'RuleName', 'Choices', 'Domain', 'TRACKERS', 'SUBMIT_TASKS',
            'CHOICES', 'PATHS', 'BUNDLED', 'Section', 'Named', 'Data', 'RleCsv', 'Coco', 'IndexPng', 'PolygonJson',
-           'Tiff', 'Metric', 'Folds', 'Augment', 'Sampling', 'Model', 'Optim', 'Train', 'Predict', 'Ensemble',
-           'Postprocess', 'Submit', 'Span', 'flat_space', 'Tune', 'Recipe', 'disagreements', 'parse_yaml', 'key_lines',
-           'merge', 'expand', 'overlay', 'weights_file', 'bundled_recipes', 'recipe_text', 'load_recipe',
+           'Tiff', 'Metric', 'Folds', 'Augment', 'Sampling', 'Model', 'Optim', 'Train', 'Pseudo', 'Predict', 'Ensemble',
+           'Crf', 'Postprocess', 'Submit', 'Span', 'flat_space', 'Tune', 'Recipe', 'disagreements', 'parse_yaml',
+           'key_lines', 'merge', 'expand', 'overlay', 'weights_file', 'bundled_recipes', 'recipe_text', 'load_recipe',
            'explain_errors', 'to_yaml', 'save_recipe', 'recipe_hash']
 
 # %% ../nbs/00_recipe.ipynb #e868bade
@@ -177,6 +177,15 @@ class Train(Section):
     nodes: int = Field(1, gt=0)                      # machines; batch_size is of all processes together
     workers: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"   # of each process
 
+# %% ../nbs/00_recipe.ipynb #27afdb7a
+class Pseudo(Section):
+    "Training on what each fit is sure of in unlabelled images (room `39_pseudo`); some competitions forbid it"
+    rounds: int = Field(0, ge=0)                     # fits after the first, each from the start with the labels of the one before; 0: off
+    confidence: float = Field(0.9, gt=0.5, lt=1)     # probability from which a pixel's class counts
+    ratio: float = Field(0.3, gt=0, lt=1)            # share of the drawn samples that are pseudo-labelled
+    test: bool = True                                # label the test images
+    folders: list[Path] = []                         # and the pictures in these folders
+
 # %% ../nbs/00_recipe.ipynb #9bce9728
 class Predict(Section):
     "How a whole image goes through a network"
@@ -196,13 +205,24 @@ class Ensemble(Section):
     bits: Literal[8, 16] = 8                             # of a stored probability, which is then off by at most half a step
     max_ram: float = Field(2, ge=0.25)                   # GB that probabilities may take in memory, beside the networks
 
-# %% ../nbs/00_recipe.ipynb #1ff571b5
+# %% ../nbs/00_recipe.ipynb #f6593881
 Pixels = Annotated[int, Field(ge=0)]
 Amount = Annotated[float, Field(ge=0)]
 RuleName = Literal["threshold", "fill_holes", "min_area", "largest", "straighten", "at_least"]
 
+class Crf(Section):
+    "A fully connected CRF on the image as stored (room `41_crf`); null: as the preset has it"
+    preset: Literal["reference", "deeplab", "trash"] = "reference"
+    steps: int | None = Field(None, ge=1)
+    smooth_weight: float | None = Field(None, ge=0)       # near pixels agree
+    smooth_std: float | None = Field(None, gt=0)          # in pixels
+    appearance_weight: float | None = Field(None, ge=0)   # near pixels of like colour agree
+    appearance_std: float | None = Field(None, gt=0)      # in pixels
+    color_std: float | None = Field(None, gt=0)           # in levels of 0..255
+
 class Postprocess(Section):
     "What turns probabilities into masks, in this order. auto: found on out-of-fold data; a list: one a class; pixels: of the submission"
+    crf: Annotated[Crf | None, BeforeValidator(lambda crf: {"preset": crf} if isinstance(crf, str) else crf)] = None   # before all others; a preset, or what differs
     threshold: Literal["auto"] | Share | list[Share] = "auto"
     fallback: float = Field(0.5, gt=0, lt=1)             # the threshold where auto has no out-of-fold data, or gains nothing on them
     fill_holes: Literal["auto", "all"] | Pixels | list[Pixels] = 0     # holes of up to so many pixels are filled
@@ -268,7 +288,7 @@ class Tune(Section):
 # %% ../nbs/00_recipe.ipynb #63cc71cb
 TRACKERS = ("csv", "tensorboard", "wandb", "mlflow")
 
-# %% ../nbs/00_recipe.ipynb #58ecacd9
+# %% ../nbs/00_recipe.ipynb #cd09bdc3
 class Recipe(Section):
     "Everything that decides a submission"
     name: str
@@ -286,6 +306,7 @@ class Recipe(Section):
     loss: Named
     optim: Optim = Optim()
     train: Train = Train()
+    pseudo: Pseudo = Pseudo()
     predict: Predict = Predict()
     ensemble: Ensemble = Ensemble()
     postprocess: Postprocess = Postprocess()
@@ -304,7 +325,7 @@ class Recipe(Section):
         for wrong in disagreements(self): raise ValueError(wrong)
         return self
 
-# %% ../nbs/00_recipe.ipynb #f6fc3df7
+# %% ../nbs/00_recipe.ipynb #70ce9e18
 def disagreements(recipe: Recipe) -> list[str]:
     "What the sections of a recipe say against each other"
     found, n = [], len(recipe.classes)
@@ -321,6 +342,9 @@ def disagreements(recipe: Recipe) -> list[str]:
         for name in recipe.tune.models or [""]:
             if name not in models: found.append("tune.models: " + nearest(name, models, "model").rstrip("."))
     if recipe.train.ema and recipe.train.swa is not None: found.append("train.ema and train.swa are two ways to average weights: set one of them to null")
+    if recipe.pseudo.rounds and not (recipe.pseudo.test or recipe.pseudo.folders): found.append("pseudo.rounds asks for labels of nothing: set pseudo.test, or name pseudo.folders")
+    if recipe.pseudo.rounds and recipe.data.ignore_index is None and recipe.task == "multiclass" and n > 255:
+        found.append("pseudo.rounds: 256 classes leave no mask value for what nobody knows: set pseudo.rounds to 0")
     return found + _wrong_ensemble(recipe) + _wrong_sampling(recipe.sampling, recipe.classes) + _wrong_rules(recipe) + _wrong_format(recipe)
 
 # %% ../nbs/00_recipe.ipynb #5279de49
@@ -461,8 +485,8 @@ def weights_file(source: str | Path | None) -> Path | None:
     text = str(source or "")
     return Path(source) if Path(text).suffix or os.sep in text or "/" in text else None
 
-# %% ../nbs/00_recipe.ipynb #aa0218a6
-PATHS = ["data.root", "data.cache", "folds.file", "encoder_weights", "ensemble.runs", "ensemble.submissions"]
+# %% ../nbs/00_recipe.ipynb #a71b86df
+PATHS = ["data.root", "data.cache", "folds.file", "encoder_weights", "ensemble.runs", "ensemble.submissions", "pseudo.folders"]
 
 def _absolute(layer, folder):
     "`layer` with its paths resolved against `folder`"

@@ -91,7 +91,7 @@ def is_asked(share: float,
     n = until(step + 1) - until(step)
     return (at + 1) * n // batch_size > at * n // batch_size
 
-# %% ../nbs/23_sampling.ipynb #287056fe
+# %% ../nbs/23_sampling.ipynb #71f7c003
 class Sampling:
     "Which rows are drawn, how often, and what they must show; what `TrainDataset` asks"
     def __init__(self,
@@ -107,7 +107,7 @@ class Sampling:
                  epoch_batches: int = 1,                        # batches in an epoch of the training
                  epochs: int = 1,
                 ):
-        self.rows, self.weights, self.seed, self.numbers, self.even = rows, weights, seed, numbers, even
+        self.rows, self.weights, self.seed, self.numbers, self.even, self.places = rows, weights, seed, numbers, even, len(rows)   # places of an epoch
         self.foreground, self.batch_size, self.epoch_batches, self.epochs = foreground, batch_size, epoch_batches, epochs
         has = shares > 0
         if foreground and not has.any():
@@ -118,7 +118,7 @@ class Sampling:
     def asks(self, epoch: int, place: int) -> bool:
         "Must the sample at `place` of the data's `epoch` show something?"
         if not self.foreground: return False
-        step, at = divmod(epoch * len(self.rows) + place, self.batch_size)
+        step, at = divmod(epoch * self.places + place, self.batch_size)
         return is_asked(share_at(self.foreground, step // self.epoch_batches, self.epochs), step, at, self.batch_size)
 
     def choose(self, row: int, epoch: int, place: int) -> tuple[int, Callable | None]:

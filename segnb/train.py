@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['IMAGENET', 'LONG', 'LOOP', 'ONE_IMAGE', 'fold_rows', 'normalisation', 'new_model', 'best_device', 'n_cores',
            'loader_workers', 'candidates', 'to_device', 'one_pass', 'seconds_of', 'step_seconds', 'probe',
-           'compile_pays', 'ask_compile', 'make_plan', 'budget_steps', 'median_pace', 'recipe_loss', 'Fit', 'decide',
-           'record', 'on_device', 'measure_pace', 'halve', 'fit_key', 'fit_fold', 'fit_here', 'fit_process',
-           'fit_in_group', 'record_fit', 'load_fold', 'plot_curve', 'validation_pictures']
+           'compile_pays', 'ask_compile', 'make_plan', 'budget_steps', 'median_pace', 'recipe_loss', 'Fit',
+           'round_folder', 'decide', 'record', 'on_device', 'measure_pace', 'halve', 'fit_key', 'fit_fold', 'fit_round',
+           'fit_here', 'fit_process', 'fit_in_group', 'record_fit', 'load_fold', 'load_fit', 'learn_labels', 'teach',
+           'clear_rounds', 'plot_curve', 'validation_pictures']
 
-# %% ../nbs/30_train.ipynb #3913bdd4
-import gc, math, os, time
+# %% ../nbs/30_train.ipynb #c19c317d
+import gc, math, os, shutil, time
 from pathlib import Path
 from typing import Callable, Iterator
 import numpy as np
@@ -22,15 +23,16 @@ from .augment import recipe_augment
 from .engine import (FitBatches, Job, Plan, Share, batch_loss, image_counts, out_of_memory, plain_mask, read_checkpoint, share_norms,
                           train_job)
 from .figures import class_colors, new_figure, overlay, picture_grid, to_rgb
-from .files import DataError, RecipeError, SegnbError, read_json, write_json
+from .files import DataError, RecipeError, SegnbError, read_json, sha256_file, write_json
 from .launch import Place, find_place, joined, launch, slowest
 from .losses import asks_balance, balance, build_loss
 from .mixing import build_mixing
 from .models import SegModel, build_model
 from .optim import build_optimiser
-from .pack import TrainDataset, make_loader
-from .pipeline import STAGES, Run, Task, edit_manifest, task_parts, written
-from .predict import AUTOCAST, Predictor
+from .pack import Pack, TrainDataset, make_loader
+from .pipeline import STAGES, Run, Task, edit_manifest, read_manifest, task_parts, written
+from .predict import AUTOCAST, Predictor, predict_stream
+from .pseudo import PseudoLabels, PseudoSampling, WithPseudo, make_labels, places_for, unknown_value, unlabelled_rows
 from .recipe import Model, Recipe, Train
 from .sampling import build_sampling
 from .track import Tracker
@@ -171,17 +173,21 @@ def median_pace(seconds: list[float],   # of each batch, in order
     counted = np.array(seconds[min(ready, len(seconds) // 2):])
     return float(np.median([part.mean() for part in np.array_split(counted, min(5, len(counted)))]))
 
-# %% ../nbs/30_train.ipynb #d0755cdd
-def recipe_loss(recipe: Recipe, pack, rows: np.ndarray) -> nn.Module:
+# %% ../nbs/30_train.ipynb #7cccf9d1
+def recipe_loss(recipe: Recipe, pack, rows: np.ndarray,
+                unknown: int | None = None,   # what pseudo-labels say of a pixel that nobody knows
+               ) -> nn.Module:
     "The recipe's loss; balanced class weights follow the pixels of the training `rows` alone"
     options = recipe.loss.options
     if asks_balance(options): options = balance(options, pack.class_shares()[np.isin(pack.train, rows)].mean(0))
-    return build_loss(recipe.loss.name, task=recipe.task, ignore_index=recipe.data.ignore_index, n_classes=recipe.n_classes, **options)
+    ignored = recipe.data.ignore_index if unknown is None else unknown
+    return build_loss(recipe.loss.name, task=recipe.task, ignore_index=ignored, n_classes=recipe.n_classes, **options)
 
-# %% ../nbs/30_train.ipynb #6cf3f6cc
+# %% ../nbs/30_train.ipynb #c8365bff
 class Fit:
     "One model on one fold of a run: what it reads, what it decides, where it writes"
-    def __init__(self, run: Run, model: str = "", fold: int = 0, place: Place = Place()):
+    def __init__(self, run: Run, model: str = "", fold: int = 0, place: Place = Place(),
+                 round: int | None = None):   # of `pseudo.rounds`; None: the last one, which the later stages use
         recipe = run.recipe
         names = [m.name for m in recipe.models]
         if model and model not in names: raise RecipeError(f"model '{model}' is not one of the recipe's: {', '.join(names)}.")
@@ -189,9 +195,10 @@ class Fit:
         self.recipe, self.pack, self.device = recipe, run.pack(), best_device(place.local)
         self.samples = run.samples()
         self.train_rows, self.valid_rows = fold_rows(self.samples, run.folds(), fold)
-        self.folder = run.path("models", self.entry.name, f"fold{fold}")
-        self.label = f"{self.entry.name} fold {fold}"
-        self.loss = recipe_loss(recipe, self.pack, self.train_rows)
+        self.round, self.labels = recipe.pseudo.rounds if round is None else round, None
+        self.folder = round_folder(run, self.entry.name, fold, self.round)
+        self.label = f"{self.entry.name} fold {fold}" + (f" round {self.round}" if recipe.pseudo.rounds else "")
+        self.loss = recipe_loss(recipe, self.pack, self.train_rows, unknown_value(recipe) if self.round else None)
         sampling = build_sampling(recipe, self.pack, self.train_rows, epoch_batches=1)
         self.n_images = len(sampling.rows) if sampling else len(self.train_rows)
         self.mixer = build_mixing(recipe, self.pack, self.train_rows)
@@ -205,8 +212,11 @@ class Fit:
 
     def dataset(self, plan: Plan) -> TrainDataset:
         "Augmented training samples; a schedule of the sampling runs over the epochs of `plan`"
-        sampling = build_sampling(self.recipe, self.pack, self.train_rows, epoch_batches=plan.batches)
-        return TrainDataset(self.pack, self.train_rows, recipe_augment(self.recipe), self.recipe.seed, sampling=sampling, maps=getattr(self.loss, "maps", None))
+        sampling, pack, recipe = build_sampling(self.recipe, self.pack, self.train_rows, epoch_batches=plan.batches), self.pack, self.recipe
+        if self.labels:
+            sampling = PseudoSampling(self.train_rows, sampling, len(pack), len(self.labels), recipe.pseudo.ratio, recipe.seed)
+            pack = WithPseudo(pack, self.labels)
+        return TrainDataset(pack, self.train_rows, recipe_augment(recipe), recipe.seed, sampling=sampling, maps=getattr(self.loss, "maps", None))
 
     def stream(self, entry: Model) -> Iterator[dict]:
         "Batches without end as this process takes them, on the device and mixed"
@@ -216,12 +226,19 @@ class Fit:
             batch = to_device(batch, self.device)
             yield self.mixer(batch, number) if self.mixer else batch
 
-# %% ../nbs/30_train.ipynb #c2c007f0
+# %% ../nbs/30_train.ipynb #112399ba
+def round_folder(run: Run, model: str, fold: int, round: int) -> Path:
+    "Where a round of a fit is kept; the last one stands where a fit without rounds does"
+    folder = run.path("models", model, f"fold{fold}")
+    return folder if round == run.recipe.pseudo.rounds else folder / f"round{round}"
+
+# %% ../nbs/30_train.ipynb #720df339
 def _job(self, entry: Model, key: str) -> Job:
     "What the engine needs"
     recipe, plan, run = self.recipe, self.plan(entry), self.run
     tracked = any(name != "csv" for name in recipe.track)
-    tracker = (lambda resumed: Tracker(recipe, run.folder, run.folder.name, entry.name, self.fold, resumed=resumed)) if tracked else None
+    name = entry.name if self.round == recipe.pseudo.rounds else f"{entry.name}_round{self.round}"
+    tracker = (lambda resumed: Tracker(recipe, run.folder, run.folder.name, name, self.fold, resumed=resumed)) if tracked else None
     return Job(self.folder, recipe, plan, lambda weights: new_model(recipe, entry, self.pack, weights), self.loss, self.dataset(plan), self.pack,
                self.valid_rows, self.samples.image_id.tolist(), key, self.label, self.device, entry.precision, entry.memory_format, bool(entry.compile),
                self.share(entry), self.place.nodes, self.workers, self.mixer, tracker)
@@ -346,20 +363,27 @@ def halve(fit: Fit, entry: Model) -> Model:
     if fit.device.type == "cuda": torch.cuda.empty_cache()
     return entry.model_copy(update={"split": split})
 
-# %% ../nbs/30_train.ipynb #62e9dce4
-def fit_key(run: Run, entry: Model, fold: int) -> str:
+# %% ../nbs/30_train.ipynb #8d2924bd
+def fit_key(fit: Fit, entry: Model) -> str:
     "Names a fit by all that decides its weights"
-    return f"{run.key('train', entry.name, fold)}-{entry.precision}-{entry.memory_format}-{entry.compile}-{entry.steps}"
+    key = f"{fit.run.key('train', entry.name, fit.fold)}-{entry.precision}-{entry.memory_format}-{entry.compile}-{entry.steps}"
+    return key + (f"-round{fit.round}" if fit.recipe.pseudo.rounds else "") + (f"-{fit.labels.origin['sha256']}" if fit.labels else "")
 
 def fit_fold(run: Run, model: str = "", fold: int = 0) -> dict:
-    "Train one model on one fold, or continue; returns and writes `fit.json`. With several devices it starts their processes and waits"
+    "Train one model on one fold, or continue, all rounds of it; returns and writes `fit.json`. With several devices it starts their processes and waits"
+    clear_rounds(run, model or run.recipe.models[0].name, fold)
+    for round in range(run.recipe.pseudo.rounds + 1): result = fit_round(run, model, fold, round)
+    return result
+
+def fit_round(run: Run, model: str, fold: int, round: int) -> dict:
+    "One round of a fit; without pseudo-labels there is one"
     started = time.monotonic()
     place, group = find_place(run.recipe.train, os.environ, torch.cuda.device_count())
     if not group:
-        with joined(place): return fit_here(Fit(run, model, fold, place), started)
-    fit = Fit(run, model, fold, place)
+        with joined(place): return fit_here(Fit(run, model, fold, place, round), started)
+    fit = Fit(run, model, fold, place, round)
     while True:
-        try: launch("segnb.train:fit_process", {"folder": str(run.folder), "model": fit.entry.name, "fold": fold, "started": started}, place.world)
+        try: launch("segnb.train:fit_process", {"folder": str(run.folder), "model": fit.entry.name, "fold": fold, "started": started, "round": round}, place.world)
         except MemoryError: pass
         else: break
         run.reload()
@@ -367,11 +391,12 @@ def fit_fold(run: Run, model: str = "", fold: int = 0) -> dict:
     run.reload()
     return read_json(fit.folder / "fit.json")
 
-# %% ../nbs/30_train.ipynb #47c8248c
+# %% ../nbs/30_train.ipynb #f61ee659
 def fit_here(fit: Fit, started: float) -> dict:
     "The part of this process in a fit"
+    learn_labels(fit)
     entry = decide(fit, started)
-    key = fit_key(fit.run, entry, fit.fold)
+    key = fit_key(fit, entry)
     if (done := fit.folder / "fit.json").exists() and read_checkpoint(fit.folder, key):
         if not fit.place.rank: print(f"{fit.label} is finished already. To train it anew, delete {os.path.relpath(fit.folder / 'last.ckpt')}, or use `segnb run --fresh`.")
         return read_json(done)
@@ -387,26 +412,30 @@ def fit_here(fit: Fit, started: float) -> dict:
 ONE_IMAGE = ("{label}: this network normalises numbers that an image has one of, and it was given one image at a time: raise train.batch_size, or lower "
              "augment.size so that two fit into memory.")
 
-def fit_process(folder: str, model: str, fold: int, started: float | None = None):
+def fit_process(folder: str, model: str, fold: int, started: float | None = None, round: int | None = None):
     "What one process of several does: those that `launch` starts"
     run = Run(folder)
     place, _ = find_place(run.recipe.train, os.environ, torch.cuda.device_count())
     if best_device().type == "cpu": torch.set_num_threads(max(1, n_cores() // place.here))
-    with joined(place): fit_here(Fit(run, model, fold, place), started or time.monotonic())
+    with joined(place): fit_here(Fit(run, model, fold, place, round), started or time.monotonic())
 
-# %% ../nbs/30_train.ipynb #899d425c
+# %% ../nbs/30_train.ipynb #2e794810
 def fit_in_group(folder: str | Path, model: str = "", fold: int = 0) -> dict:
     "What each process does that torchrun or srun started: the fit, and its record in the run, which `segnb run` then finds up to date"
     run, started = Run(folder), time.monotonic()
     place, group = find_place(run.recipe.train, os.environ, torch.cuda.device_count())
     if group: return fit_fold(run, model, fold)
-    fit = Fit(run, model, fold, place)
     with joined(place):
-        try: result = fit_here(fit, started)
-        except Exception as error:
-            if not out_of_memory(error) or place.world == 1: raise
-            halve(fit, next(m for m in Run(folder).recipe.models if m.name == fit.entry.name))
-            raise SegnbError(f"{fit.label}: memory ran out. The run remembers to cut its batches: start the same processes again, the fit continues.") from None
+        if not place.rank: clear_rounds(run, model or run.recipe.models[0].name, fold)
+        for round in range(run.recipe.pseudo.rounds + 1):
+            slowest(place, 0.0)   # what the first process decided in the last round is written
+            run.reload()
+            fit = Fit(run, model, fold, place, round)
+            try: result = fit_here(fit, time.monotonic())
+            except Exception as error:
+                if not out_of_memory(error) or place.world == 1: raise
+                halve(fit, next(m for m in Run(folder).recipe.models if m.name == fit.entry.name))
+                raise SegnbError(f"{fit.label}: memory ran out. The run remembers to cut its batches: start the same processes again, the fit continues.") from None
         if not place.rank: record_fit(run, fit.entry.name, fold, started)
     return result
 
@@ -417,13 +446,13 @@ def record_fit(run: Run, model: str, fold: int, started: float):
         manifest["stages"][task.label] = {"parts": task_parts(run, task), "started": time.strftime("%Y-%m-%d %H:%M:%S"),
                                           "seconds": round(time.monotonic() - started, 1), "outputs": written(run, task)}
 
-# %% ../nbs/30_train.ipynb #a92625c5
+# %% ../nbs/30_train.ipynb #040a32d6
 def _finish(fit, entry, keeper, started):
     "Write and return `fit.json`: what a later stage, or a reader, must know of the fit"
     rows, train, place = pd.DataFrame(keeper.rows), fit.recipe.train, fit.place
     split = entry.split or 1
     result = dict(model=entry.model_dump(), fold=fit.fold, score=keeper.best, best_epoch=keeper.best_epoch, epochs=len(rows),
-                  steps=int(rows.step.max()), train_images=fit.n_images, valid_images=len(fit.valid_rows),
+                  steps=int(rows.step.max()), train_images=fit.n_images, valid_images=len(fit.valid_rows), pseudo_images=len(fit.labels or ()),
                   in_channels=fit.pack.n_channels, n_classes=fit.recipe.n_classes, task=fit.recipe.task,
                   precision=entry.precision, memory_format=entry.memory_format, compiled=bool(entry.compile), device=str(fit.device),
                   batch_size=train.batch_size, split=split, accumulate=train.accumulate * split, images_per_step=train.batch_size * train.accumulate,
@@ -433,16 +462,64 @@ def _finish(fit, entry, keeper, started):
     if not place.rank: write_json(fit.folder / "fit.json", result)
     return result
 
-# %% ../nbs/30_train.ipynb #71d81745
+# %% ../nbs/30_train.ipynb #277e8bd6
 def load_fold(run: Run, model: str, fold: int) -> SegModel:
     "The trained network of a fold, ready to predict"
-    folder = run.path("models", model, f"fold{fold}")
+    return load_fit(run.path("models", model, f"fold{fold}"))
+
+def load_fit(folder: Path) -> SegModel:
+    "The trained network in `folder`, ready to predict"
     if not (folder / "fit.json").exists(): raise SegnbError(f"There is no finished fit in {folder}: run the train stage first.")
     made, entry = read_json(folder / "fit.json"), Model(**read_json(folder / "fit.json")["model"])
     zeros = [0.0] * made["in_channels"]
     net = build_model(entry.arch, entry.encoder, in_channels=made["in_channels"], n_classes=made["n_classes"], mean=zeros, std=zeros, **entry.options)
     net.load_state_dict(load_file(folder / "best.safetensors"))
     return net.eval()
+
+# %% ../nbs/30_train.ipynb #aeb95e24
+def learn_labels(fit: Fit):
+    "Let the fit before this one label what it is sure of; the first process does it for all"
+    if not fit.round: return
+    folder = fit.run.path("models", fit.entry.name, f"fold{fit.fold}", f"pseudo{fit.round}")
+    if not fit.place.rank: teach(fit, folder)
+    slowest(fit.place, 0.0)   # until the labels are there
+    labels = PseudoLabels(folder)
+    if not len(labels):
+        print(f"{fit.label}: nothing of {labels.origin['images_seen']} unlabelled images is as sure as pseudo.confidence {fit.recipe.pseudo.confidence:g}: it trains on the labelled ones alone")
+        return
+    fit.labels, fit.n_images = labels, fit.n_images + places_for(fit.recipe.pseudo.ratio, fit.n_images)
+
+# %% ../nbs/30_train.ipynb #6187d54a
+def teach(fit: Fit, folder: Path):
+    "Write the pseudo-labels of a round, and where they come from into the manifest"
+    run, recipe = fit.run, fit.recipe
+    teacher = round_folder(run, fit.entry.name, fit.fold, fit.round - 1)
+    weights, made, rows = sha256_file(teacher / "best.safetensors"), read_json(teacher / "fit.json"), unlabelled_rows(recipe, fit.samples)
+    reader = Pack(recipe, pd.DataFrame([dict(row, split="test") for row in rows]))
+    def predicted(numbers):
+        predictor = Predictor(load_fit(teacher), recipe.predict, task=recipe.task, classes=recipe.classes, device=fit.device, precision=made["precision"],
+                              memory_format=made["memory_format"])
+        return predict_stream(predictor, reader.image, numbers)
+    made_from = dict(teacher=weights, round=fit.round, key=run.key("train", fit.entry.name, fit.fold))
+    labels = make_labels(folder, made_from, rows, predicted, recipe, (fit.pack.n_channels, fit.pack.dtype))
+    origin = dict(labels.origin, teacher=f"{teacher.relative_to(run.folder).as_posix()}/best.safetensors", teacher_sha256=weights,
+                  images_from=["test"] * recipe.pseudo.test + [str(f) for f in recipe.pseudo.folders])
+    print(f"{fit.label}: pseudo-labels of {origin['images_taken']} of {origin['images_seen']} images, {origin['sure_pixels'] / max(origin['pixels'], 1):.1%} of their pixels")
+    with edit_manifest(run.folder) as manifest: manifest.setdefault("pseudo", {}).setdefault(f"{fit.entry.name} fold {fit.fold}", {})[f"round {fit.round}"] = origin
+
+# %% ../nbs/30_train.ipynb #378083f1
+def clear_rounds(run: Run, model: str, fold: int):
+    "Remove what rounds left that the recipe no longer asks for, and what the manifest says of them"
+    folder, rounds = run.path("models", model, f"fold{fold}"), run.recipe.pseudo.rounds
+    kept = {f"round{r}" for r in range(rounds)} | {f"pseudo{r + 1}" for r in range(rounds)}
+    for path in [*folder.glob("round*/"), *folder.glob("pseudo*/")]:
+        if path.name not in kept: shutil.rmtree(path)
+    task = f"{model} fold {fold}"
+    if not {r for r in read_manifest(run.folder).get("pseudo", {}).get(task, {}) if r.replace("round ", "pseudo") not in kept}: return
+    with edit_manifest(run.folder) as manifest:
+        manifest["pseudo"][task] = {r: origin for r, origin in manifest["pseudo"][task].items() if r.replace("round ", "pseudo") in kept}
+        manifest["pseudo"] = {name: rounds for name, rounds in manifest["pseudo"].items() if rounds}
+        if not manifest["pseudo"]: del manifest["pseudo"]
 
 # %% ../nbs/30_train.ipynb #4181b2a5
 def plot_curve(rows: pd.DataFrame):
