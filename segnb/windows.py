@@ -83,11 +83,12 @@ class Sums:
             sums[:, -n:] = 0
         return done
 
-# %% ../nbs/31_windows.ipynb #491eff89
+# %% ../nbs/31_windows.ipynb #9a6a5a8a
 def forget_rows(image, row: int):
     "Let go of the pages that hold the rows of a memory-mapped `image` above `row`; other images stay as they are"
     kept = getattr(image, "_mmap", None)
-    if not isinstance(kept, mmap.mmap) or not image.flags.c_contiguous or not hasattr(mmap, "MADV_DONTNEED"): return
+    # what was written to a map of mode c is nowhere else
+    if not isinstance(kept, mmap.mmap) or image.mode == "c" or not image.flags.c_contiguous or not hasattr(mmap, "MADV_DONTNEED"): return
     start = image.__array_interface__["data"][0] - np.frombuffer(kept, np.uint8).__array_interface__["data"][0]
     pages = (start + row * image.strides[0]) // mmap.PAGESIZE
     if pages: kept.madvise(mmap.MADV_DONTNEED, 0, pages * mmap.PAGESIZE)
