@@ -120,19 +120,23 @@ def find_way(run: Run, rows: Sequence[int],               # of the test images
 # %% ../nbs/40_ensemble.ipynb #a9c305a3
 def predict_test(run: Run, decision: Decision) -> MaskStore:
     "Masks of all test images, in `test_masks`; those stored already are kept"
-    samples, pack = run.samples(), run.pack()
-    shares = shares_of(run, decision)
+    samples, shares = run.samples(), shares_of(run, decision)
     fits = {model: folds for model, folds in fits_of(run).items() if decision.weights[model]}
     how = {k: v for k, v in asdict(decision).items() if k != "because"} | {"size": run.recipe.submit.size}
     rows, made_from = samples.index[samples.split == "test"], {**origin(run, fits, "test"), "decision": how}
     way = find_way(run, rows, shares, made_from, lambda probs: decided_mask(probs, decision, run.recipe))
     writer = MaskWriter(run.path("test_masks"), {**made_from, "way": way})
     todo = [i for i in rows if samples.image_id[i] not in writer]
-    probs = predict_stream(predictor_of(run, shares, most_pixels(run, todo), way), pack.image, todo) if todo else []
-    put = lambda found: writer.put(samples.image_id[found[0]], decided_mask(found[2], decision, run.recipe))
-    for _ in tqdm(beside(probs, put), total=len(todo), desc="test images", unit="image"): pass
+    if todo: _write_masks(run, predictor_of(run, shares, most_pixels(run, todo), way), writer, todo, decision)
     writer.close()
     return MaskStore(run.path("test_masks"))
+
+def _write_masks(run, predictor, writer, rows, decision):
+    "Read, predict, and decide and write, side by side; of large results no more than one at a time"
+    samples = run.samples()
+    put = lambda found: writer.put(samples.image_id[found[0]], decided_mask(found[2], decision, run.recipe))
+    predicted = beside(predict_stream(predictor, run.pack().image, rows), put, ahead=predictor.together - 1)
+    for _ in tqdm(predicted, total=len(rows), desc="test images", unit="image"): pass
 
 # %% ../nbs/40_ensemble.ipynb #4d338fb1
 def save_decision(run: Run, decision: Decision):

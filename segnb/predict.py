@@ -125,17 +125,22 @@ def predict_stream(predictor: Predictor,
 def _predicted(predictor, batch):
     for (i, image), probs in zip(batch, predictor([image for _, image in batch])): yield i, image, probs
 
-# %% ../nbs/31_predict.ipynb #6d0e548d
+# %% ../nbs/31_predict.ipynb #f739d22d
 def beside(items: Iterator,      # what the caller's thread makes
            finish: Callable,     # item -> result, one at a time, on another thread
            ahead: int = 16,      # items that may wait for it
           ) -> Iterator:
-    "`finish` of every item, in order, while the next ones are made"
+    "`finish` of every item, in order, while the next ones are made; after an error none is finished any more"
+    failed = []
+    def one(item):
+        if failed: return None
+        try: return finish(item)
+        except BaseException: failed.append(item); raise
     with ThreadPoolExecutor(1) as thread:
         waiting = deque()
         try:
             for item in items:
-                waiting.append(thread.submit(finish, item))
+                waiting.append(thread.submit(one, item))
                 while waiting and (waiting[0].done() or len(waiting) > ahead): yield waiting.popleft().result()
             while waiting: yield waiting.popleft().result()
         finally: thread.shutdown(cancel_futures=True)

@@ -30,7 +30,7 @@ def draw_tiles(folder, tiles, drawn=60):
 
 
 def watch(command, index):
-    "Run `command`; each half second: seconds, MB of it and its children, tiles done"
+    "Run `command`; each half second: seconds, MB and processor seconds of it and its children, tiles done"
     process, start, rows, done, at = subprocess.Popen(command), time.monotonic(), [], 0, 0
     while process.poll() is None:
         time.sleep(.5)
@@ -39,30 +39,29 @@ def watch(command, index):
                 file.seek(at)
                 new = file.read()
             at, done = at + len(new), done + new.count(b'{"name"')
-        rows.append((time.monotonic() - start, resident(process.pid), done))
+        rows.append((time.monotonic() - start, *taken(process.pid), done))
     if process.returncode: sys.exit(f"{' '.join(map(str, command))} ended with {process.returncode}")
-    return pd.DataFrame(rows, columns=["seconds", "MB", "tiles"])
+    return pd.DataFrame(rows, columns=["seconds", "MB", "work", "tiles"])
 
 
-def resident(pid):
-    "MB of a process and all that it started"
-    total = 0
+def taken(pid):
+    "MB and processor seconds of a process and all that it started"
+    memory = work = 0
     try: family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
-    except psutil.NoSuchProcess: return 0.0
+    except psutil.NoSuchProcess: return np.nan, np.nan
     for process in family:
-        try: total += process.memory_info().rss
+        try: memory, work = memory + process.memory_info().rss, work + sum(process.cpu_times()[:2])
         except psutil.NoSuchProcess: pass
-    return total / 2**20
+    return memory / 2**20, work
 
 
 def quarters(table, tiles):
-    "Largest memory, and time a tile, of each quarter of the prediction"
-    predicting = table[(table.tiles > 0) & (table.tiles < tiles)]
-    found = []
+    "Largest memory, and the processor's time a tile, of each quarter of the prediction"
+    predicting, found = table[(table.tiles > 0) & (table.tiles < tiles)], []
     for low in (0, .25, .5, .75):
         part = predicting[predicting.tiles.between(low * tiles, (low + .25) * tiles)]
-        seconds, count = part.seconds.iloc[-1] - part.seconds.iloc[0], part.tiles.iloc[-1] - part.tiles.iloc[0]
-        found.append({"MB": round(part.MB.max(), 1), "ms": round(1000 * seconds / count, 2)})
+        spent = {what: (part[what].iloc[-1] - part[what].iloc[0]) / (part.tiles.iloc[-1] - part.tiles.iloc[0]) for what in ("work", "seconds")}
+        found.append({"MB": round(part.MB.max(), 1), "ms": round(1000 * spent["work"], 2), "wall_ms": round(1000 * spent["seconds"], 2)})
     return found
 
 
@@ -74,10 +73,10 @@ def figure(table, tiles):
     axes[0, 0].plot(table.seconds / 60, table.MB)
     axes[0, 0].axvspan(predicting.seconds.min() / 60, predicting.seconds.max() / 60, alpha=.15, label="predicting")
     axes[0, 0].set(xlabel="minutes", ylabel="resident memory in MB", ylim=(0, None))
-    axes[0, 0].legend()
-    step = predicting.groupby((predicting.tiles * 40 // tiles)).first()
-    axes[0, 1].plot(step.tiles[1:], 1000 * np.diff(step.seconds) / np.diff(step.tiles))
-    axes[0, 1].set(xlabel="tiles", ylabel="ms a tile", ylim=(0, None))
+    axes[0, 0].legend(loc="lower right")
+    step = predicting.groupby(predicting.tiles * 20 // tiles).first()
+    axes[0, 1].plot(step.tiles[1:], 1000 * np.diff(step.work) / np.diff(step.tiles), marker="o")
+    axes[0, 1].set(xlabel="tiles", ylabel="processor ms a tile", ylim=(0, None))
     return fig
 
 
@@ -85,11 +84,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--tiles", type=int, default=60640)
+    parser.add_argument("--size", default="null", help="what the network sees instead of 224: a quick look at memory")
     options = parser.parse_args()
     folder, tiles = options.folder, options.tiles
     root = draw_tiles(folder, tiles)
-    how = settings(**{**TINY, "data.root": root, "folds.n": 0, "augment.size": 224, "train.precision": "bf16", "train.memory_format": "channels_last"},
-                   **{"postprocess.threshold": 0.5, "predict.tta": [], "predict.batch_size": 16, "augment.preset": "satellite"})
+    how = settings(**{**TINY, "data.root": root, "folds.n": 0, "augment.size": 224, "train.precision": "bf16", "train.memory_format": "channels_last",
+                   "postprocess.threshold": 0.5, "predict.tta": [], "predict.batch_size": 16, "predict.size": options.size})
     run = [SEGNB, "run", "satellite", "--out", folder / "run", *how]
     seconds = {}
     for stage in ("check", "train"):

@@ -99,7 +99,7 @@ def test_image_of_30000_by_30000_in_2_gb(tmp_path):
 
 @pytest.mark.real
 def test_many_tiles_take_the_same_memory_and_time(tmp_path):
-    done = subprocess.run([sys.executable, Path(__file__).with_name("stream.py"), tmp_path, "--tiles", "3000"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, Path(__file__).with_name("stream.py"), tmp_path, "--tiles", "3000", "--size", "96"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     found = json.loads((tmp_path / "stream.json").read_text("utf8"))
     assert found["valid"] and found["tiles"] == 3000
