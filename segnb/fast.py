@@ -48,12 +48,12 @@ def _put(net, name, module):
     parent, _, last = name.rpartition(".")
     setattr(net.get_submodule(parent), last, module)
 
-# %% ../nbs/38_fast.ipynb #634a8bd9
+# %% ../nbs/38_fast.ipynb #3142f362
 class WholeBatches(nn.Module):
     "A network compiled for batches of `size` images; smaller ones are filled up"
-    def __init__(self, net: nn.Module, size: int):
+    def __init__(self, net: nn.Module, size: int, **how):   # how: of torch.compile
         super().__init__()
-        self.size, self.net = size, torch.compile(net, dynamic=False, options={"freezing": True})
+        self.size, self.net = size, torch.compile(net, dynamic=False, **(how or {"options": {"freezing": True}}))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         n = len(x)

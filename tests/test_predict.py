@@ -12,8 +12,10 @@ from segnb import ensemble
 from segnb.combine import plain_decision
 from segnb.data import read_samples
 from segnb.ensemble import predict_test
+from segnb.fast import go
 from segnb.files import read_json, write_bytes, write_json
 from segnb.pipeline import open_run, split_folds
+from segnb.recipe import Predict
 from segnb.sample import draw_sample
 
 BANDS = """
@@ -88,6 +90,17 @@ def test_the_way_of_prediction_is_settled_once(tmp_path, monkeypatch):
         assert again.records.made_from["from"]["way"] == way and all((again[name] == whole[name]).all() for name in whole)
     plain = open_run("demo", tmp_path / "run", {**run.recipe.model_dump(mode="json"), "predict.fast": False})
     assert predict_test(plain, decision).records.made_from["from"]["way"] == "as fitted"
+
+
+@pytest.mark.real
+def test_compiled_networks_say_the_same():
+    images = [np.random.default_rng(k).integers(0, 255, (64, 64, 3), dtype=np.uint8) for k in range(6)]
+    make = lambda way: go(way, [Bright()], ["fp32"], ["contiguous"], config=Predict(batch_size=4, tta=["hflip", "rot90"]), task="binary")
+    wanted = make("as fitted")(images)
+    for way in ("compiled", "compiled bf16"):
+        predictor = make(way)
+        found = predictor(images[:4]) + predictor(images[4:])      # the last batch is smaller
+        assert max(np.abs(a - b).max() for a, b in zip(wanted, found)) < 1e-3
 
 
 @pytest.mark.real
