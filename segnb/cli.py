@@ -402,7 +402,8 @@ def leaderboard(runs: Annotated[list[Path], typer.Argument(metavar="RUN...", hel
     print(board([standing(folder) for folder in run_folders(runs)], shutil.get_terminal_size().columns))
 
 # %% ../nbs/90_cli.ipynb #bc7caaa8
-BENCHMARKS = {"loader": "segnb.pack:loader_benchmark", "training": "segnb.speed:train_benchmark"}   # name -> room:function, which gives a table
+BENCHMARKS = {"loader": "segnb.pack:loader_benchmark", "training": "segnb.speed:train_benchmark",
+              "prediction": "segnb.speed:predict_benchmark"}   # name -> room:function, which gives a table
 
 @command
 def bench(as_json: AsJson = False):

@@ -328,8 +328,7 @@ def in_halves(f: Callable[[list], list], items: list) -> list:
 # %% ../nbs/34_engine.ipynb #b5dcbe17
 def _on_validation_epoch_start(self):
     sync_buffers(self.model, self.job.share)
-    config = self.recipe.predict.model_copy(update={"tta": []})
-    self.predictor = Predictor(self.model, config, task=self.recipe.task, device=self.device, memory_format=self.job.memory_format)
+    self.predictor = Predictor(self.model, self.recipe.predict.plain(), task=self.recipe.task, device=self.device, memory_format=self.job.memory_format)
     self.found, self.shown = [], []
 
 def _validation_step(self, batch, _):

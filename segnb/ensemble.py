@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['fits_of', 'origin', 'predictor_of', 'out_of_fold', 'joined_runs', 'check_raw', 'places_of_bands', 'joined_stores',
            'check_store', 'other_folds', 'ballot', 'count_ballots', 'Members', 'decided_mask', 'shares_of', 'voters',
-           'members_of', 'ensemble_of', 'masks_origin', 'with_submissions', 'file_ballot', 'check_ballots', 'tallied',
-           'predict_test', 'save_decision', 'read_decision', 'score_card', 'honest_card', 'all_scores', 'no_scores',
-           'score_table', 'score_figure', 'metric_name', 'methods_figure', 'drawn_mask', 'example_figure']
+           'members_of', 'one_mean', 'ensemble_of', 'masks_origin', 'most_pixels', 'find_way', 'with_submissions',
+           'file_ballot', 'check_ballots', 'tallied', 'predict_test', 'save_decision', 'read_decision', 'score_card',
+           'honest_card', 'all_scores', 'no_scores', 'score_table', 'score_figure', 'metric_name', 'methods_figure',
+           'drawn_mask', 'example_figure']
 
-# %% ../nbs/40_ensemble.ipynb #0629226b
+# %% ../nbs/40_ensemble.ipynb #178e0554
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -19,12 +20,13 @@ from tqdm import tqdm
 from .combine import BAND, Candidate, OutOfFold, check_room, class_shares, evaluate, mean_probs, vote_shares, voter_mask, votes
 from .decide import Decision
 from .crf import crf_options, refined
+from .fast import FEW, go, judge_ways, settle_way
 from .figures import background, class_colors, label, new_figure, overlay, picture_grid, thumbnail, to_rgb
 from .files import DataError, RecipeError, SegnbError, read_json, sha256_file, write_json
 from .metrics import class_scores, image_scores, probability_hist, quantise, reduce_counts
 from .pipeline import STAGES, Run, code_of, raw_parts, read_manifest, stage_tasks
 from .postprocess import to_mask
-from .predict import Predictor, predict_stream, resize_probs
+from .predict import Predictor, beside, predict_stream, resize_probs
 from .recipe import Recipe
 from .store import MaskStore, MaskWriter, ProbStore, ProbWriter
 from .train import best_device, load_fold
@@ -41,22 +43,23 @@ def origin(run: Run, fits: Mapping[str, Sequence[int]], side: str) -> dict:
     "What predictions of these fits on `train` or `test` images depend on"
     made = {f"{m} fold {k}": sha256_file(run.path("models", m, f"fold{k}", "best.safetensors")) for m, folds in fits.items() for k in folds}
     data = run.recipe.data.model_dump(mode="json", exclude={"root", "cache"})
-    return dict(fits=made, classes=run.recipe.classes, predict=run.recipe.predict.model_dump(mode="json"), data=data, images=raw_parts(run, STAGES["ensemble"])[f"{side} files"],
-                code=code_of("import segnb.predict, segnb.models, segnb.data, segnb.store"))
+    return dict(fits=made, classes=run.recipe.classes, predict=run.recipe.predict.model_dump(mode="json", exclude={"batch_size", "fast"}), data=data, images=raw_parts(run, STAGES["ensemble"])[f"{side} files"],
+                code=code_of(f"import segnb.{'fast' if side == 'test' else 'predict'}, segnb.models, segnb.data, segnb.store"))
 
-# %% ../nbs/40_ensemble.ipynb #6d152dde
+# %% ../nbs/40_ensemble.ipynb #422a643e
 def predictor_of(run: Run,
                  shares: Mapping[tuple[str, int], float],  # (model, fold) -> how much it counts
                  pixels: int,                              # of the largest image
+                 way: str = "as fitted",                   # of `WAYS`
                 ) -> Predictor:
     "The networks of a run as one; a batch of results takes a quarter of `ensemble.max_ram` at most"
     budget = int(run.recipe.ensemble.max_ram * 2**26)   # float32 values
     nets, made = [load_fold(run, m, k) for m, k in shares], [read_json(run.path("models", m, f"fold{k}", "fit.json")) for m, k in shares]
     together = max(1, min(run.recipe.predict.batch_size, budget // (pixels * run.recipe.n_classes)))
-    return Predictor(nets, run.recipe.predict.model_copy(update={"batch_size": together}), task=run.recipe.task, classes=run.recipe.classes,
-                     weights=list(shares.values()), device=best_device(), precision=[m["precision"] for m in made], memory_format=[m["memory_format"] for m in made])
+    return go(way, nets, [m["precision"] for m in made], [m["memory_format"] for m in made], config=run.recipe.predict, task=run.recipe.task,
+              classes=run.recipe.classes, weights=list(shares.values()), together=together, device=best_device())
 
-# %% ../nbs/40_ensemble.ipynb #baba07ad
+# %% ../nbs/40_ensemble.ipynb #d884e5f3
 def out_of_fold(run: Run) -> OutOfFold | None:   # None: no fold holds anything out
     "Predict every training image by the fits that did not see it; what is stored already is kept"
     samples, fold = run.samples(), dict(zip(run.folds().image_id, run.folds().fold))
@@ -77,7 +80,7 @@ def _predict_fold(run, pack, writer, model, fold, rows):
     "Store what one fit says of `rows`"
     if not rows: return
     samples, rule = run.samples(), dict(task=run.recipe.task, ignore_index=run.recipe.data.ignore_index)
-    predictor = predictor_of(run, {(model, fold): 1.0}, int((samples.height * samples.width)[rows].max()))
+    predictor = predictor_of(run, {(model, fold): 1.0}, most_pixels(run, rows))
     for i, _, probs in tqdm(predict_stream(predictor, pack.image, rows), total=len(rows), desc=f"out of fold: {model} fold {fold}", unit="image"):
         bins = quantise(probs, writer.bits)
         coarse = bins if writer.bits == 8 else (bins >> 8).astype(np.uint8)   # histograms have 256 bins, whatever is stored
@@ -228,18 +231,22 @@ def members_of(run: Run, names: Sequence[str]) -> dict[str, tuple[Run, str, list
         found[name] = other, model, fits_of(other)[model], places_of_bands(run, other)
     return found
 
-# %% ../nbs/40_ensemble.ipynb #8e021176
+# %% ../nbs/40_ensemble.ipynb #cbe0c110
+def one_mean(decision: Decision) -> bool:
+    "Is it a weighted mean over networks of the run itself?"
+    return all(isinstance(weight, (int, float)) and not (weight and "/" in name) for name, weight in decision.weights.items())
+
 def ensemble_of(run: Run, decision: Decision,
                 pixels: int,           # of the largest image
                 size: tuple[int, int] | None = None,   # at which masks vote; None: each image's own
                 count: bool = True,    # votes: False gives ballots
+                way: str = "as fitted",                # of `WAYS`, where the members are one mean
                ) -> Predictor | Members:
     "What a run decided as one predictor"
-    plain = all(isinstance(weight, (int, float)) for weight in decision.weights.values())
     names = voters(decision, run.recipe.n_classes)
-    if plain and not any("/" in name for name in names):
+    if one_mean(decision):
         if not run.recipe.predict.window: check_room(run.recipe, 8 * pixels * run.recipe.n_classes, "The probabilities of the largest image")
-        return predictor_of(run, shares_of(run, decision), pixels)
+        return predictor_of(run, shares_of(run, decision), pixels, way)
     check_room(run.recipe, 16 * pixels * run.recipe.n_classes, "The probabilities of the largest image, by several members,")
     members = members_of(run, names)
     predictors = {name: predictor_of(other, {(model, k): 1.0 for k in folds}, 2 * pixels) for name, (other, model, folds, _) in members.items()}
@@ -256,6 +263,30 @@ def masks_origin(run: Run, decision: Decision) -> dict:
     if (crf := run.recipe.postprocess.crf): how["crf"] = crf_options(crf) | code_of("import segnb.crf")
     files = {name: sha256_file(path) for name, path in run.recipe.ensemble.submissions.items()}
     return {**origin(run, fits, "test"), "decision": how, **({"joined": joined} if joined else {}), **({"files": files} if files else {})}
+
+# %% ../nbs/40_ensemble.ipynb #6480f0e2
+def most_pixels(run: Run, rows: Sequence[int]) -> int:
+    "Of the largest image among `rows`"
+    return int((run.samples().height * run.samples().width)[rows].max())
+
+def find_way(run: Run, rows: Sequence[int],   # of the test images
+             decision: Decision,
+             made_from: dict,                 # what their masks depend on
+            ) -> str:                         # of `WAYS`
+    "How the test images go through the networks; members that are asked one by one go as they were fitted"
+    if not run.recipe.predict.fast or len(rows) < FEW or not one_mean(decision): return "as fitted"
+    samples, shares, device = run.samples().loc[rows], shares_of(run, decision), best_device()
+    fitted = [read_json(run.path("models", m, f"fold{k}", "fit.json"))["precision"] for m, k in shares]
+    half = "fp32" in fitted and (device.type != "cuda" or torch.cuda.is_bf16_supported())
+    one_size = bool(run.recipe.predict.size) or len(samples[["height", "width"]].drop_duplicates()) == 1
+    make = lambda way: predictor_of(run, shares, most_pixels(run, rows), way)
+    decide = lambda probs: decided_mask(probs, decision, run.recipe)
+    def judge():
+        images = [run.pack().image(i) for i in rows[np.linspace(0, len(rows) - 1, 8).astype(int)]]
+        table = judge_ways(make, images, decide, work=len(rows) * len(shares), half=half, one_size=one_size)
+        print(table.to_string(index=False))
+        return table
+    return settle_way(run.path("test_masks", "way.json"), made_from, judge)
 
 # %% ../nbs/40_ensemble.ipynb #a2525fa2
 def with_submissions(recipe: Recipe, decision: Decision) -> Decision:
@@ -287,21 +318,30 @@ def tallied(run: Run, decision: Decision, image_id: str, ballots: np.ndarray, su
     weights = [decision.weights[name]["votes"] for name in [*voters(decision, run.recipe.n_classes), *submissions]]
     return count_ballots(np.stack([*ballots, *more]), weights, run.recipe.n_classes if task == "multiclass" else None)
 
-# %% ../nbs/40_ensemble.ipynb #a089850d
+# %% ../nbs/40_ensemble.ipynb #a3570a0d
 def predict_test(run: Run, decision: Decision,
                  submissions: Mapping[str, Mapping[str, np.ndarray]] = {},   # files that vote: name -> masks by image id
                 ) -> MaskStore:
     "Masks of all test images, in `test_masks`; those stored already are kept"
-    samples, pack = run.samples(), run.pack()
+    samples = run.samples()
     check_ballots(run, submissions)
-    writer, ballots = MaskWriter(run.path("test_masks"), masks_origin(run, decision)), votes(decision.weights)
-    todo = [i for i in samples.index[samples.split == "test"] if samples.image_id[i] not in writer]
-    predictor = ensemble_of(run, decision, int((samples.height * samples.width)[todo].max()), run.recipe.submit.size, count=False) if todo else None
-    for i, image, probs in tqdm(predict_stream(predictor, pack.image, todo) if todo else [], total=len(todo), desc="test images", unit="image"):
-        if ballots: probs = tallied(run, decision, samples.image_id[i], probs, submissions)
-        writer.put(samples.image_id[i], decided_mask(refined(probs, image, run.recipe), decision, run.recipe))
+    rows, made_from = samples.index[samples.split == "test"], masks_origin(run, decision)
+    way = find_way(run, rows, decision, made_from)
+    writer = MaskWriter(run.path("test_masks"), {**made_from, "way": way})
+    todo = [i for i in rows if samples.image_id[i] not in writer]
+    if todo: _write_masks(run, ensemble_of(run, decision, most_pixels(run, todo), run.recipe.submit.size, count=False, way=way), writer, todo, decision, submissions)
     writer.close()
     return MaskStore(run.path("test_masks"))
+
+def _write_masks(run, predictor, writer, rows, decision, submissions):
+    "Read, predict, and decide and write, side by side; of large results no more than one at a time"
+    samples, ballots = run.samples(), votes(decision.weights)
+    def put(found):
+        i, image, probs = found
+        if ballots: probs = tallied(run, decision, samples.image_id[i], probs, submissions)
+        writer.put(samples.image_id[i], decided_mask(refined(probs, image, run.recipe), decision, run.recipe))
+    predicted = beside(predict_stream(predictor, run.pack().image, rows), put, ahead=predictor.together - 1)
+    for _ in tqdm(predicted, total=len(rows), desc="test images", unit="image"): pass
 
 # %% ../nbs/40_ensemble.ipynb #4d338fb1
 def save_decision(run: Run, decision: Decision):

@@ -186,15 +186,36 @@ class Pseudo(Section):
     test: bool = True                                # label the test images
     folders: list[Path] = []                         # and the pictures in these folders
 
-# %% ../nbs/00_recipe.ipynb #9bce9728
+# %% ../nbs/00_recipe.ipynb #f55b88f8
 class Predict(Section):
     "How a whole image goes through a network"
     size: Size | None = None                             # resize to this before the network; null: the image's own size
     window: int | None = Field(None, gt=0)               # sliding windows of this size; null: the image at once
     overlap: float = Field(0.5, ge=0, lt=1)
-    tta: list[Literal["hflip", "vflip"]] = []            # predicted in every combination, then averaged
-    batch_size: int = Field(8, gt=0)
+    weighting: Literal["gaussian", "uniform"] = "gaussian"   # how much the pixels of a window count: its middle most, or all alike
+    tta: list[Literal["hflip", "vflip", "rot90", "rot180", "rot270", "transpose", "antitranspose"]] = []   # views besides the image as it is
+    scales: list[Annotated[float, Field(ge=0.25, le=4)]] = Field([1.0], min_length=1)   # each view at each of them
+    merge: Literal["mean", "geometric", "max"] = "mean"  # what becomes of several views …
+    merge_on: Literal["probs", "logits"] = "probs"       # … and of which numbers
+    batch_size: int = Field(8, gt=0)                     # images, or windows, that go through the network together
+    fast: bool = True                                    # test images by the fastest way whose masks are the same in all but 1e-4 of the pixels
 
+    @model_validator(mode="after")
+    def _agree(self):
+        for key in ("tta", "scales"):
+            twice = [v for v in getattr(self, key) if getattr(self, key).count(v) > 1]
+            if twice: raise ValueError(f"{key} lists {twice[0]} twice: a view counts once")
+        if self.merge == "geometric" and self.merge_on == "logits":
+            raise ValueError("merge geometric is about probabilities: set merge_on to probs, or merge to mean, which on logits is a geometric mean of the odds")
+        if (self.merge, self.merge_on) != ("mean", "probs") and len(self.scales) * (1 + len(self.tta)) == 1:
+            raise ValueError("merge and merge_on are about several views, and there is one: name some in tta, or set merge to mean and merge_on to probs")
+        return self
+
+    def plain(self) -> "Predict":
+        "Without test-time augmentation, as a fit validates"
+        return self.model_copy(update={"tta": [], "scales": [1.0], "merge": "mean", "merge_on": "probs"})
+
+# %% ../nbs/00_recipe.ipynb #9dde372c
 class Ensemble(Section):
     "How models are combined; folds of one model count alike"
     method: Literal["mean", "weighted", "greedy", "vote", "class_best"] = "weighted"

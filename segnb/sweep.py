@@ -82,7 +82,7 @@ def cells_of(grid: Mapping[str, list], seeds: Sequence[int]) -> list[Cell]:
     return [Cell(dict(zip(grid, values)), seed) for values in itertools.product(*grid.values()) for seed in seeds]
 
 # %% ../nbs/81_sweep.ipynb #cab43ee0
-AFTER_FITS = ("predict.tta", "ensemble", "postprocess", "submit")   # read by the ensemble stage only
+AFTER_FITS = (*STAGES["train"].unread, "ensemble", "postprocess", "submit")   # read by the ensemble stage only
 
 def score_stage(keys: Sequence[str]) -> str:
     "The stage whose score shows what `keys` do"

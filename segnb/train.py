@@ -342,7 +342,7 @@ def _validation_seconds(fit, model, precision, memory_format):
     "Seconds of this process's share of a validation, from a few images of it"
     rows = fit.valid_rows[:2 * fit.recipe.predict.batch_size]
     if not len(rows): return 0.0
-    config = fit.recipe.predict.model_copy(update={"tta": []})
+    config = fit.recipe.predict.plain()
     predictor = Predictor(model, config, task=fit.recipe.task, device=fit.device, precision=precision, memory_format=memory_format)
     start = time.perf_counter()
     for i in range(0, len(rows), config.batch_size):
