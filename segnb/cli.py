@@ -401,8 +401,8 @@ def leaderboard(runs: Annotated[list[Path], typer.Argument(metavar="RUN...", hel
     "Which run is best, how far its folds lie apart, and what differs between the recipes."
     print(board([standing(folder) for folder in run_folders(runs)], shutil.get_terminal_size().columns))
 
-# %% ../nbs/90_cli.ipynb #bc7caaa8
-BENCHMARKS = {"loader": "segnb.pack:loader_benchmark", "training": "segnb.speed:train_benchmark",
+# %% ../nbs/90_cli.ipynb #327a1848
+BENCHMARKS = {"run lengths": "segnb.masks:rle_speed", "loader": "segnb.pack:loader_benchmark", "training": "segnb.speed:train_benchmark",
               "prediction": "segnb.speed:predict_benchmark"}   # name -> room:function, which gives a table
 
 @command

@@ -5,20 +5,20 @@
 # %% auto #0
 __all__ = ['Weight', 'NUDGE', 'BAND', 'MARGIN', 'Choice', 'METHODS', 'votes', 'class_shares', 'vote', 'vote_shares',
            'weighted_mean', 'voter_mask', 'combine', 'mean_bands', 'mean_plane', 'mean_probs', 'OutOfFold',
-           'check_room', 'labels_of', 'label_bands', 'mean_hists', 'top_two', 'class_counts', 'label_counts',
-           'mean_counts', 'hist_counts', 'Candidate', 'evaluate', 'sample_pixels', 'judge', 'remembered',
-           'climb_simplex', 'greedy_rounds', 'stated_weights', 'check_named', 'all_alike', 'gain_text', 'mean_weights',
+           'check_room', 'labels_of', 'label_bands', 'mean_hists', 'class_counts', 'label_counts', 'mean_counts',
+           'hist_counts', 'Candidate', 'evaluate', 'sample_pixels', 'judge', 'remembered', 'climb_simplex',
+           'greedy_rounds', 'stated_weights', 'check_named', 'all_alike', 'gain_text', 'mean_weights',
            'searched_weights', 'weighted_weights', 'greedy_weights', 'by_score', 'class_best_weights', 'vote_weights',
            'choice', 'choose_weights', 'compare_methods']
 
-# %% ../nbs/43_combine.ipynb #4bc47389
+# %% ../nbs/43_combine.ipynb #6caac401
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 import numpy as np, pandas as pd
 from tqdm import tqdm
 from .files import RecipeError
 from .metrics import class_scores, count, probability_hist, reduce_counts, threshold_counts
-from .postprocess import area_counts, gain_error, given_thresholds, one_threshold, own_areas, to_mask, tune_thresholds
+from .postprocess import gain_error, given_thresholds, one_threshold, to_mask, tune_thresholds
 from .recipe import Recipe
 from .store import ProbStore, dequantise, read_hists
 
@@ -203,47 +203,27 @@ def mean_hists(oof: OutOfFold, weights: Mapping[str, Weight]) -> np.ndarray:
         return np.concatenate([sum(probability_hist(*pair, **rule) for pair in label_bands(oof, weights, i, c, true)) for c in range(n)])
     return np.stack([one(i) for i in oof.walk("averaging")])
 
-# %% ../nbs/43_combine.ipynb #78c5abe7
-def top_two(oof: OutOfFold, weights: Mapping[str, Weight], i: int) -> np.ndarray:  # (2, H, W) uint8
-    "The most probable class of each pixel, and the next one"
-    found = []
-    for band in mean_bands(oof.stores, weights, oof.image_ids[i]):
-        first = band.argmax(0)
-        np.put_along_axis(band, first[None], -1, 0)
-        found.append(np.stack([first, band.argmax(0)]).astype(np.uint8))
-    return np.concatenate(found, 1)
-
-def class_counts(oof: OutOfFold, weights: Mapping[str, Weight], i: int, areas: Sequence[float]) -> np.ndarray:  # (A, C, 3) int64
-    "Counts of one image of exclusive classes at each smallest area"
+# %% ../nbs/43_combine.ipynb #05987dda
+def class_counts(oof: OutOfFold, weights: Mapping[str, Weight], i: int) -> np.ndarray:  # (C, 3) int64
+    "Counts of one image of exclusive classes"
     true, total, y, rule = oof.truth(i), 0, 0, dict(n_classes=oof.recipe.n_classes, **oof.rule)
-    if max(areas) > 1:
-        check_room(oof.recipe, 24 * true.size, f"The regions of '{oof.image_ids[i]}'")
-        first, second = top_two(oof, weights, i)
-        own = own_areas(first)
-        return np.stack([count(np.where(own < area, second, first), true, **rule) for area in areas])
     for band in mean_bands(oof.stores, weights, oof.image_ids[i]):
         total, y = total + count(band.argmax(0).astype(np.uint8), true[y:y + band.shape[1]], **rule), y + band.shape[1]
-    return np.stack([total] * len(areas))
+    return total
 
-# %% ../nbs/43_combine.ipynb #282432c5
-def label_counts(oof: OutOfFold, weights: Mapping[str, Weight], i: int, thresholds: Sequence[float], areas: Sequence[float]) -> np.ndarray:  # (A, C, 3) int64
-    "Counts of one image of labels at each smallest area"
+# %% ../nbs/43_combine.ipynb #3b174c59
+def label_counts(oof: OutOfFold, weights: Mapping[str, Weight], i: int, thresholds: Sequence[float]) -> np.ndarray:  # (C, 3) int64
+    "Counts of one image of labels"
     true, rule = oof.truth(i), {**oof.rule, "task": "binary"}
-    def one(c, threshold):
-        bands = ((band[0] >= np.float64(threshold), own) for band, own in label_bands(oof, weights, i, c, true))
-        if max(areas) <= 1: return np.stack([sum(count(mask, own, n_classes=1, **rule) for mask, own in bands)] * len(areas))
-        check_room(oof.recipe, 24 * true.shape[0] * true.shape[1], f"The regions of '{oof.image_ids[i]}'")
-        masks, trues = zip(*bands)
-        return area_counts(np.concatenate(masks)[None], np.concatenate(trues), areas=areas, **rule)
-    return np.concatenate([one(c, threshold) for c, threshold in enumerate(thresholds)], 1)
+    one = lambda c, t: sum(count(band[0] >= np.float64(t), own, n_classes=1, **rule) for band, own in label_bands(oof, weights, i, c, true))
+    return np.concatenate([one(c, threshold) for c, threshold in enumerate(thresholds)])
 
 def mean_counts(oof: OutOfFold, weights: Mapping[str, Weight],
                 thresholds: Sequence[float],     # (C,), unused for exclusive classes
-                areas: Sequence[float] = (0,),   # smallest areas to try
-               ) -> np.ndarray:                  # (N, A, C, 3) int64
+               ) -> np.ndarray:                  # (N, C, 3) int64
     "Counts of the masks of the members together, from the pixels"
     exclusive = oof.recipe.task == "multiclass"
-    return np.stack([class_counts(oof, weights, i, areas) if exclusive else label_counts(oof, weights, i, thresholds, areas) for i in oof.walk("deciding")])
+    return np.stack([class_counts(oof, weights, i) if exclusive else label_counts(oof, weights, i, thresholds) for i in oof.walk("deciding")])
 
 # %% ../nbs/43_combine.ipynb #339f2486
 def hist_counts(hists: np.ndarray,   # (N, C, 2, 256)
@@ -265,12 +245,12 @@ class Candidate:
     score: float                # the competition's metric
     curve: pd.DataFrame | None = None   # of the thresholds, where they were searched
 
-# %% ../nbs/43_combine.ipynb #256f8e1c
+# %% ../nbs/43_combine.ipynb #967e8ac6
 def evaluate(oof: OutOfFold, weights: Mapping[str, float]) -> Candidate:
     "Judge `weights` on all pixels"
     if oof.recipe.task == "multiclass" or votes(weights):
         thresholds = [] if oof.recipe.task == "multiclass" else [0.5] * oof.recipe.n_classes   # half of the votes
-        counts = mean_counts(oof, weights, thresholds)[:, 0]
+        counts = mean_counts(oof, weights, thresholds)
         return Candidate(dict(weights), thresholds, counts, reduce_counts(counts, **oof.metric))
     hists, thresholds, curve = mean_hists(oof, weights), given_thresholds(oof.recipe), None
     if thresholds is None: thresholds, _, curve = tune_thresholds(hists, margin=MARGIN, shared=one_threshold(oof.recipe), classes=oof.recipe.classes, **oof.metric)

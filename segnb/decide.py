@@ -170,10 +170,10 @@ def in_words(values: np.ndarray, unit: str = "") -> str:
     ends = dict.fromkeys("all" if v > 2**31 else f"{v:.4g}" for v in (values.min(), values.max()))   # no image has so many pixels
     return " to ".join(ends) + (f" {unit}" if unit else "")
 
-# %% ../nbs/44_decide.ipynb #b2a900c0
+# %% ../nbs/44_decide.ipynb #62d1859f
 def counts_of(oof: OutOfFold, weights: Mapping[str, float], thresholds: Sequence[float]) -> np.ndarray:
     "(N, C, 3) counts before any rule"
-    if oof.recipe.task == "multiclass": return mean_counts(oof, weights, [])[:, 0]
+    if oof.recipe.task == "multiclass": return mean_counts(oof, weights, [])
     return hist_counts(mean_hists(oof, weights), thresholds)
 
 def start_ladder(oof: OutOfFold,   # images in the order of their names

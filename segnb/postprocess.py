@@ -6,8 +6,7 @@
 __all__ = ['ANY', 'LABEL_RULES', 'CLASS_RULES', 'AREAS', 'VALUES', 'region_areas', 'remove_small', 'hole_areas',
            'fill_small_holes', 'keep_largest', 'fill_outlines', 'straighten', 'most_probable', 'own_areas', 'give_away',
            'rules_of', 'to_mask', 'given_thresholds', 'one_threshold', 'given_rules', 'scaled_rules', 'tune_thresholds',
-           'value_counts', 'area_counts', 'resampled', 'gain_error', 'tune_value', 'tune_values', 'threshold_figure',
-           'dense_crf']
+           'value_counts', 'resampled', 'gain_error', 'tune_value', 'tune_values', 'threshold_figure', 'dense_crf']
 
 # %% ../nbs/41_postprocess.ipynb #892cc8e0
 from collections.abc import Mapping, Sequence
@@ -274,7 +273,7 @@ def _counts_by_area(mask, true, valid, areas, name):   # valid None: all
         changes, base = (sizes > 0) & (sizes <= areas), (np.count_nonzero(kept & own), np.count_nonzero(kept))
     return np.stack([base[0] + changes @ both, base[1] + changes @ pred, np.full(len(areas), np.count_nonzero(own))], 1)
 
-# %% ../nbs/41_postprocess.ipynb #23a4e519
+# %% ../nbs/41_postprocess.ipynb #6714f7b0
 def _label_counts(probs, true, name, values, thresholds, ignore_index, before):
     "(A, 1, 3)"
     mask = to_mask(probs, task="binary", thresholds=thresholds, **before)
@@ -302,10 +301,6 @@ def value_counts(probs: np.ndarray,   # (C, H, W) float
     mask = to_mask(probs, task=task, **before)
     tried = [CLASS_RULES[name](mask, value, probs) if value.any() else mask for value in values]
     return np.stack([count(m, true, task=task, n_classes=n, ignore_index=ignore_index) for m in tried])
-
-def area_counts(probs: np.ndarray, true: np.ndarray, *, areas: Sequence[float] = AREAS, **options) -> np.ndarray:   # as `value_counts`
-    "The counts of one image at every smallest area"
-    return value_counts(probs, true, "min_area", areas, **options)
 
 # %% ../nbs/41_postprocess.ipynb #72e51ba0
 def resampled(counts: np.ndarray,   # (N, C, 3)
