@@ -7,8 +7,9 @@ __all__ = ['CELL', 'FUNCTIONS', 'COMPREHENSIONS', 'UNKNOWN', 'COMPARE', 'LOOSE',
            'segment', 'Unit', 'bound_names', 'units_of', 'local_names', 'global_names', 'dotted', 'Facts', 'settle',
            'truth', 'Scope', 'scope_of', 'folded', 'Entry', 'entries', 'without_entries', 'Choice', 'chosen_keys',
            'said_names', 'slim_class', 'Package', 'own_names', 'import_meanings', 'Outside', 'without_own_imports',
-           'Needed', 'stored_into', 'added_to', 'plain_texts', 'own_keys', 'prefixed', 'same_thing', 'Flat', 'name_all',
-           'free_name', 'renamed', 'room_order', 'flatten', 'import_lines', 'refuse_own_name']
+           'Needed', 'stored_into', 'added_to', 'plain_texts', 'own_keys', 'record_reads', 'fields_of', 'slim_records',
+           'slim_fields', 'prefixed', 'same_thing', 'Flat', 'name_all', 'free_name', 'renamed', 'room_order', 'flatten',
+           'import_lines', 'refuse_own_name']
 
 # %% ../nbs/51_compile.ipynb #1578b107
 import ast, re
@@ -543,7 +544,7 @@ def _wanted(self, ref):
 
 Needed.keys_of, Needed.own_keys, Needed.wanted = _keys_of, staticmethod(own_keys), _wanted
 
-# %% ../nbs/51_compile.ipynb #528c0f32
+# %% ../nbs/51_compile.ipynb #df4640c2
 def _targets(self, unit):
     "The registries that a unit is or adds to"
     return [(unit.room, n) for n in unit.names] + [ref for ref, us in self.additions.items() if unit in us]
@@ -568,14 +569,103 @@ def _called_from_outside(self, unit):
     return False
 
 def _view(self, unit):
-    if isinstance(unit.node, ast.ClassDef) and not self.called_from_outside(unit): return slim_class(unit.text, self.said)
-    found = entries(unit)
-    if not found: return unit.text
+    if isinstance(unit.node, ast.ClassDef):
+        text = unit.text if self.called_from_outside(unit) else slim_class(unit.text, self.said)
+        return slim_fields(text, self.read_fields(ref)) if (ref := (unit.room, unit.node.name)) in self.records else text
+    found, text = entries(unit), unit.text
+    if not found: return text
     wanted = [w for ref in self.targets(unit) if (w := self.wanted(ref)) is not None]
-    keep = set().union(*wanted)
-    return without_entries(unit.text, found, keep.__contains__) if wanted else unit.text
+    if wanted: text = without_entries(text, found, set().union(*wanted).__contains__)
+    for record, registry in self.records.items():
+        if registry in self.targets(unit): text = slim_records(text, fields_of(self.package.defined[record].node), self.read_fields(record))
+    return text
 
 Needed.targets, Needed.joins, Needed.called_from_outside, Needed.view = _targets, _joins, _called_from_outside, _view
+
+# %% ../nbs/51_compile.ipynb #a82d743f
+def record_reads(text: str,
+                 is_registry: Callable[[ast.Name], bool],
+                ) -> set[str] | None:   # None: it may read all of them
+    "Fields that code reads of a registry's records: `R[k].field`, `x = R[k]; x.field`, `self.x = R[k]`"
+    tree, found = ast.parse(text), set()
+    parent = {id(child): n for n in ast.walk(tree) for child in ast.iter_child_nodes(n)}
+    for name in filter(is_registry, global_names(tree)):
+        item = parent[id(name)]
+        if not isinstance(item, ast.Subscript) or isinstance(item.ctx, ast.Store): continue
+        user, holder = parent[id(item)], None
+        if isinstance(user, ast.Attribute): found.add(user.attr); continue
+        if isinstance(user, ast.Tuple) and isinstance(parent[id(user)], ast.Assign):
+            target = parent[id(user)].targets[0]
+            holder = target.elts[[v is item for v in user.elts].index(True)] if isinstance(target, ast.Tuple) else None
+        elif isinstance(user, ast.Assign): holder = user.targets[0]
+        if not (chain := dotted(holder)): return None
+        found |= {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and (dotted(n.value) or [""])[-1] == chain[-1]}
+        if len(chain) > 1: found.add("." + chain[-1])   # held by an object: others may read it there
+    return found
+
+# %% ../nbs/51_compile.ipynb #eb3055b5
+def fields_of(node: ast.ClassDef) -> list[str]:
+    "Fields of a record in order; none where a class is no record"
+    base = any(getattr(b, "id", "") == "NamedTuple" for b in node.bases)
+    made = any(getattr(d.func if isinstance(d, ast.Call) else d, "id", "") == "dataclass" for d in node.decorator_list)
+    return [n.target.id for n in node.body if isinstance(n, ast.AnnAssign)] if base or made else []
+
+def _record_of(self, ref):
+    "The record class that all entries of a registry are made of, or None"
+    values = [e.node for u in (self.package.defined[ref], *self.additions.get(ref, ())) for e in entries(u)]
+    home = self.package.defined[ref]
+    made = {self.means(home, v.func.id) if isinstance(v, ast.Call) and isinstance(v.func, ast.Name) else None for v in values}
+    record = next(iter(made)) if len(made) == 1 else None
+    if not isinstance(record, tuple) or record not in self.package.defined or not isinstance(cls := self.package.defined[record].node, ast.ClassDef): return None
+    return record if fields_of(cls) else None
+
+def _records(self):
+    "Record class -> its registry, where no other code makes such records"
+    found = {}
+    for ref, unit in self.package.defined.items():
+        if isinstance(unit.node, (ast.Assign, ast.AnnAssign)) and entries(unit) and (record := self.record_of(ref)): found[record] = ref
+    for us in self.package.rooms.values():
+        for u in us:
+            if entries(u): continue
+            for n in ast.walk(u.node):
+                if isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and (ref := self.means(u, n.func.id)) in found: del found[ref]
+    return found
+
+Needed.record_of, Needed.records = _record_of, cached_property(_records)
+Needed.records.__set_name__(Needed, "records")
+
+# %% ../nbs/51_compile.ipynb #f5d580c5
+def _read_fields(self, record):
+    "Fields of a record that kept code reads"
+    registry, fields, found = self.records[record], fields_of(self.package.defined[record].node), set()
+    for u, text in self.texts.items():
+        reads = record_reads(text, lambda n: self.means(u, n.id) == registry)
+        if reads is None: return fields
+        found |= reads
+    holders = {f[1:] for f in found if f.startswith(".")}
+    for text in self.texts.values() if holders else ():
+        found |= {n.attr for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Attribute) and (dotted(n.value) or [""])[-1] in holders}
+    return [f for f in fields if f in found]
+
+def slim_records(text: str, fields: list[str], read: list[str]) -> str:
+    "A registry whose records have the fields of `read` only"
+    cuts = []
+    for call in [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)][:]:
+        if call.func.id[:1].islower(): continue
+        items = [Entry(name, a, span_of(text, a)) for name, a in zip(fields, call.args)] + [Entry(k.arg, k.value, span_of(text, k)) for k in call.keywords]
+        if not items or [e.key for e in items if e.key not in fields]: continue
+        start, end = items[0].span[0], items[-1].span[1]
+        cuts.append(((start, end), ", ".join(text.encode()[e.span[0]:e.span[1]].decode() for e in items if e.key in read)))
+    return edited(text, cuts)
+
+def slim_fields(text: str, read: list[str]) -> str:
+    "A record class with the fields of `read` only"
+    body = ast.parse(text).body[0].body
+    gone = [n for n in body if isinstance(n, ast.AnnAssign) and n.target.id not in read]
+    if len(gone) == len(body): return edited(text, [((span_of(text, body[0])[0], span_of(text, body[-1])[1]), "pass")])
+    return edited(text, [(_lines(text, n, n), "") for n in gone]).rstrip("\n")
+
+Needed.read_fields = _read_fields
 
 # %% ../nbs/51_compile.ipynb #245ed404
 def prefixed(room: str, name: str) -> str:
