@@ -5,34 +5,37 @@
 # %% auto #0
 __all__ = ['TUPLES', 'Settings', 'as_setting', 'read_settings', 'version_differences', 'check_environment', 'check_file',
            'test_rows', 'load_network', 'load_ensemble', 'read_ensemble', 'test_masks', 'forecast', 'forecast_text',
-           'train_rows', 'decoded', 'asks_sampling', 'fit_job', 'retrain']
+           'train_rows', 'decoded', 'asks_sampling', 'fit_job', 'retrain', 'use_threads', 'read_folds', 'keep_some',
+           'compare_submission', 'mask_figure', 'curves_figure']
 
-# %% ../nbs/51_alone.ipynb #16617a06
-import importlib.metadata, json, time
+# %% ../nbs/51_alone.ipynb #7bfdf6e0
+import importlib.metadata
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import psutil
 import torch
 import yaml
 from safetensors.torch import load_file
-from torch import nn
+from tqdm import tqdm
+from .augment import recipe_augment
 from .combine import Decision
 from .data import FORMATS, Listing, add_sizes, describe, note_repeats, read_image
 from .engine import Job, Plan, Share, train_job
 from .ensemble import decided_mask
+from .figures import to_rgb
 from .files import DataError, SegnbError, read_json, sha256_file
 from .mixing import build_mixing
 from .models import SegModel, build_model
 from .pack import StoredPack, TrainDataset, build_store, is_whole
 from .predict import Predictor, predict_stream
 from .recipe import Recipe
-from .augment import recipe_augment
 from .sampling import build_sampling
 from .train import best_device, fold_rows, make_plan, new_model, recipe_loss
 
-# %% ../nbs/51_alone.ipynb #1161a2ba
+# %% ../nbs/51_alone.ipynb #677310fb
 TUPLES = ("size", "foreground")   # keys whose lists of numbers are pairs
 
 class Settings:
@@ -61,6 +64,8 @@ def read_settings(bundle: str | Path, data_root: str | Path) -> Recipe:
     "`recipe.yaml` of a bundle, for data in `data_root`"
     settings = Settings(yaml.safe_load((Path(bundle) / "recipe.yaml").read_text("utf8")))
     settings.data.root = Path(data_root)
+    for model in settings.models:
+        if model.encoder_weights: model.encoder_weights = str(Path(bundle) / model.encoder_weights)   # what training starts from is beside it
     return settings
 
 # %% ../nbs/51_alone.ipynb #1178515b
@@ -167,7 +172,7 @@ def asks_sampling(recipe: Recipe) -> bool:
     asked = recipe.sampling
     return bool(asked.min_share or asked.max_share < 1 or asked.weights or asked.foreground)
 
-# %% ../nbs/51_alone.ipynb #42e88c29
+# %% ../nbs/51_alone.ipynb #279a796a
 def fit_job(recipe: Recipe, samples: pd.DataFrame, pack: StoredPack, folds: pd.DataFrame, member: dict,
             folder: Path,   # where weights and curve go
             workers: int,   # processes that prepare batches; the result does not depend on it
@@ -183,13 +188,66 @@ def fit_job(recipe: Recipe, samples: pd.DataFrame, pack: StoredPack, folds: pd.D
                "bundle", f"{member['model']} fold {member['fold']}", best_device(), entry.precision, entry.memory_format, bool(entry.compile),
                Share(entry.split or 1), workers=workers, mixer=build_mixing(recipe, pack, rows) if recipe.mixing else None)
 
-def retrain(recipe: Recipe, samples: pd.DataFrame, pack: StoredPack, folds: pd.DataFrame, members: list[dict], out: Path, workers: int) -> pd.DataFrame:
-    "Train every member into `out`; model, fold, score, same (bit for bit) of each"
+def retrain(recipe: Recipe, samples: pd.DataFrame, pack: StoredPack, folds: pd.DataFrame, bundle: str | Path, out: Path, workers: int) -> pd.DataFrame:
+    "Train every member into `out`; its score, and whether its weights are the run's bit for bit"
     rows = []
-    for m in members:
+    for m in read_json(Path(bundle) / "MANIFEST.json")["members"]:
         folder = out / m["model"] / f"fold{m['fold']}"
         folder.mkdir(parents=True, exist_ok=True)
+        torch.set_num_threads(m["threads"])
         keeper = train_job(fit_job(recipe, samples, pack, folds, m, folder, workers))
         rows.append({"model": m["model"], "fold": m["fold"], "score": keeper.best, "score_of_the_run": m["score"],
                      "same_weights": sha256_file(folder / "best.safetensors") == m["sha256"], "file": str(folder / "best.safetensors")})
     return pd.DataFrame(rows)
+
+# %% ../nbs/51_alone.ipynb #147a0d39
+def use_threads(bundle: str | Path):
+    "As many threads as the run had: sums are rounded in the order in which they are shared out"
+    torch.set_num_threads(read_json(Path(bundle) / "MANIFEST.json")["hardware"]["threads"])
+
+def read_folds(bundle: str | Path) -> pd.DataFrame:  # image_id, fold
+    "Which fold each training image belongs to"
+    return pd.read_csv(check_file(bundle, "folds.csv"), dtype={"image_id": str}, keep_default_na=False)
+
+def keep_some(masks: Iterable[tuple[str, np.ndarray]],
+              kept: dict,              # image id -> mask, filled as masks pass
+              samples: pd.DataFrame,
+              n: int = 6) -> Iterator[tuple[str, np.ndarray]]:
+    "Pass masks on under a progress bar and keep a few for a figure"
+    step = max(1, len(samples) // n)
+    for i, (image_id, mask) in enumerate(tqdm(masks, total=len(samples), unit="image")):
+        if i % step == 0 and len(kept) < n: kept[image_id] = mask
+        yield image_id, mask
+
+def compare_submission(bundle: str | Path, path: str | Path, n: int) -> str:
+    "Is it the run's own file?"
+    made, found = read_json(Path(bundle) / "MANIFEST.json")["submission"], sha256_file(path)
+    if found == made["sha256"]: return f"{path}: {n} images, byte for byte the submission of the run (SHA-256 {found})."
+    return (f"{path}: {n} images, SHA-256 {found}. This is not the submission of the run, which has {made['images']} images and SHA-256 {made['sha256']}: "
+            "other test images, or another kind of processor, give another file.")
+
+# %% ../nbs/51_alone.ipynb #c0213665
+def mask_figure(recipe: Recipe, samples: pd.DataFrame, masks: dict[str, np.ndarray]):
+    "Test images under the masks that were written for them"
+    rows = samples.set_index("image_id", drop=False)
+    figure, axes = plt.subplots(1, len(masks), figsize=(2.2 * len(masks), 2.5), squeeze=False)
+    for ax, (image_id, mask) in zip(axes[0], masks.items()):
+        image = to_rgb(read_image(recipe, rows.loc[image_id]), recipe.data.scale)
+        classes = np.where(mask.any(2), mask.argmax(2) + 1, 0) if mask.ndim == 3 else mask   # of labels that overlap the first is shown
+        ax.imshow(image)
+        ax.imshow(np.ma.masked_equal(classes, 0), extent=(0, image.shape[1], image.shape[0], 0), cmap="tab20", vmin=1, vmax=20, alpha=0.55, interpolation="nearest")
+        ax.set_title(image_id, fontsize=8)
+        ax.axis("off")
+    plt.close(figure)
+    return figure
+
+def curves_figure(trained: pd.DataFrame, out: Path):
+    "The score of each fit over its epochs"
+    figure, ax = plt.subplots(figsize=(5, 3))
+    for row in trained.itertuples():
+        curve = pd.read_csv(out / row.model / f"fold{row.fold}" / "metrics.csv")
+        ax.plot(curve.epoch + 1, curve.score if "score" in curve else curve.loss, marker="o", ms=3, label=f"{row.model} fold {row.fold}")
+    ax.set(xlabel="epoch", ylabel="validation score" if "score" in curve else "training loss")
+    ax.legend(fontsize=7)
+    plt.close(figure)
+    return figure
