@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['TUPLES', 'Settings', 'as_setting', 'read_settings', 'version_differences', 'check_environment', 'check_file',
            'test_rows', 'load_network', 'load_ensemble', 'read_ensemble', 'test_masks', 'forecast', 'forecast_text',
-           'train_rows', 'decoded', 'asks_sampling', 'fit_job', 'retrain', 'use_threads', 'read_folds', 'keep_some',
+           'train_rows', 'DecodedPack', 'fit_job', 'retrain', 'use_threads', 'read_folds', 'keep_some',
            'compare_submission', 'mask_figure', 'curves_figure']
 
-# %% ../nbs/51_alone.ipynb #7bfdf6e0
+# %% ../nbs/51_alone.ipynb #3f66ee84
 import importlib.metadata
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -26,10 +26,11 @@ from .data import FORMATS, Listing, add_sizes, describe, note_repeats, read_imag
 from .engine import Job, Plan, Share, train_job
 from .ensemble import decided_mask
 from .figures import to_rgb
-from .files import DataError, SegnbError, read_json, sha256_file
+from .files import DataError, SegnbError, atomic_path, parallel_map, read_json, sha256_file
+from .masks import unpack_labels
 from .mixing import build_mixing
 from .models import SegModel, build_model
-from .pack import StoredPack, TrainDataset, build_store, is_whole
+from .pack import Pack, TrainDataset, cut, read_pair
 from .predict import Predictor, predict_stream
 from .recipe import Recipe
 from .sampling import build_sampling
@@ -151,7 +152,7 @@ def forecast_text(bundle: str | Path, samples: pd.DataFrame) -> str:
     return (f"{len(samples)} test images: about {found['minutes']:g} minutes and {found['gigabytes']:g} GB of memory on a machine like the one that made the run "
             f"({made['hardware']['cpus']} CPUs, {made['hardware']['device']}); here {psutil.virtual_memory().available / 1e9:.1f} GB are free.")
 
-# %% ../nbs/51_alone.ipynb #399c47c9
+# %% ../nbs/51_alone.ipynb #a32c2005
 def train_rows(recipe: Recipe) -> pd.DataFrame:  # image_id, split, image, mask, height, width, …
     "One row a training image"
     listing = Listing(recipe)
@@ -162,33 +163,46 @@ def train_rows(recipe: Recipe) -> pd.DataFrame:  # image_id, split, image, mask,
     if errors: raise DataError(describe(errors[0]))
     return pd.DataFrame(listing.rows)
 
-def decoded(recipe: Recipe, samples: pd.DataFrame, folder: Path) -> StoredPack:
-    "Training images and masks, decoded once into `folder`"
-    if not is_whole(folder): build_store(folder, recipe, samples.to_dict("records"))
-    return StoredPack(recipe, samples, folder)
+class DecodedPack(Pack):
+    "A `Pack` whose images and masks were decoded once, an array file each: a crop reads its own rows only"
+    def __init__(self, recipe: Recipe, samples: pd.DataFrame, folder: Path):
+        super().__init__(recipe, samples)
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for _ in parallel_map(self.decode, range(len(samples)), 2, desc="decoding"): pass
 
-def asks_sampling(recipe: Recipe) -> bool:
-    "Does the recipe choose which images are drawn, or what they must show?"
-    asked = recipe.sampling
-    return bool(asked.min_share or asked.max_share < 1 or asked.weights or asked.foreground)
+    def path(self, i: int, what: str) -> Path: return self.folder / f"{i}_{what}.npy"
 
-# %% ../nbs/51_alone.ipynb #279a796a
-def fit_job(recipe: Recipe, samples: pd.DataFrame, pack: StoredPack, folds: pd.DataFrame, member: dict,
+    def decode(self, i: int):
+        "Write image and mask `i`, unless they are there"
+        if self.path(i, "mask").exists(): return
+        for what, array in zip(("image", "mask"), read_pair(self.recipe, self.rows[i])):
+            with atomic_path(self.path(i, what)) as part: np.save(part, array)
+
+    def image(self, i: int, window: tuple | None = None) -> np.ndarray: return cut(np.load(self.path(i, "image"), mmap_mode="r"), window)
+
+    def mask(self, i: int, window: tuple | None = None, bits: bool = False) -> np.ndarray:
+        stored = cut(np.load(self.path(i, "mask"), mmap_mode="r"), window)
+        return stored if bits or stored.ndim == 2 else unpack_labels(stored, self.recipe.n_classes)
+
+# %% ../nbs/51_alone.ipynb #376aee79
+def fit_job(recipe: Recipe, samples: pd.DataFrame, pack: DecodedPack, folds: pd.DataFrame, member: dict,
             folder: Path,   # where weights and curve go
             workers: int,   # processes that prepare batches; the result does not depend on it
            ) -> Job:
     "One model on one fold, as the run trained it"
-    entry = next(m for m in recipe.models if m.name == member["model"])
+    entry, asked = next(m for m in recipe.models if m.name == member["model"]), recipe.sampling
+    sampled = asked.min_share or asked.max_share < 1 or asked.weights or asked.foreground   # which images are drawn, or what they show
     rows, valid = fold_rows(samples, folds, member["fold"])
-    loss, sampling = recipe_loss(recipe, pack, rows), build_sampling(recipe, pack, rows, epoch_batches=1) if asks_sampling(recipe) else None
-    plan = make_plan(recipe.train, len(sampling.rows) if sampling else len(rows), entry.steps)
-    if sampling: sampling = build_sampling(recipe, pack, rows, epoch_batches=plan.batches)
+    loss, sampling = recipe_loss(recipe, pack, rows), build_sampling(recipe, pack, rows, epoch_batches=1) if sampled else None
+    plan = make_plan(recipe.train, len(sampling.rows) if sampled else len(rows), entry.steps)
+    if sampled: sampling = build_sampling(recipe, pack, rows, epoch_batches=plan.batches)
     dataset = TrainDataset(pack, rows, recipe_augment(recipe), recipe.seed, sampling=sampling, maps=getattr(loss, "maps", None))
     return Job(folder, recipe, plan, lambda weights: new_model(recipe, entry, pack, weights), loss, dataset, pack, valid, samples.image_id.tolist(),
                "bundle", f"{member['model']} fold {member['fold']}", best_device(), entry.precision, entry.memory_format, bool(entry.compile),
                Share(entry.split or 1), workers=workers, mixer=build_mixing(recipe, pack, rows) if recipe.mixing else None)
 
-def retrain(recipe: Recipe, samples: pd.DataFrame, pack: StoredPack, folds: pd.DataFrame, bundle: str | Path, out: Path, workers: int) -> pd.DataFrame:
+def retrain(recipe: Recipe, samples: pd.DataFrame, pack: DecodedPack, folds: pd.DataFrame, bundle: str | Path, out: Path, workers: int) -> pd.DataFrame:
     "Train every member into `out`; its score, and whether its weights are the run's bit for bit"
     rows = []
     for m in read_json(Path(bundle) / "MANIFEST.json")["members"]:

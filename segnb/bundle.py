@@ -6,14 +6,14 @@
 __all__ = ['OPTIONS', 'UNCHOSEN', 'PREDICT', 'TRAIN', 'AGAIN', 'TEMPLATES', 'PARAMETERS', 'LAYOUTS', 'EXECUTE', 'SIDES',
            'bundle_facts', 'literals', 'recipe_choices', 'notebook_texts', 'explanations', 'adapted', 'run_cells',
            'names_in', 'package_of', 'compiled', 'cell', 'component_cells', 'import_cell', 'layout_text',
-           'parameters_cell', 'notebook', 'code_lines', 'distributions_for', 'refuse_other_versions',
+           'parameters_cell', 'notebook', 'code_lines', 'lines_with_code', 'distributions_for', 'refuse_other_versions',
            'installed_version', 'members_of', 'start_weights', 'bundle_recipe', 'hardware', 'data_hashes', 'measure',
            'environment_text', 'score_text', 'intro_text', 'readme_text', 'make_notebooks', 'submissions',
            'import_lines_of', 'bundle_run', 'copy_file', 'write_manifest', 'sizes', 'refuse_too_large',
            'refuse_too_slow', 'pack_zip', 'add_wheels']
 
-# %% ../nbs/51_bundle.ipynb #c9c710b3
-import ast, importlib.metadata, json, re, resource, shutil, sys, time, zipfile
+# %% ../nbs/51_bundle.ipynb #94b4645e
+import ast, importlib.metadata, io, json, re, resource, sys, time, tokenize, zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 import nbformat
@@ -25,7 +25,7 @@ from .files import RecipeError, SegnbError, read_json, sha256_file, write_bytes,
 from .pipeline import STAGES, Run, package_folder, raw_hashes, read_manifest, sides, stage_tasks
 from .recipe import Recipe, Section, weights_file
 
-# %% ../nbs/51_bundle.ipynb #151ae136
+# %% ../nbs/51_bundle.ipynb #c3b352d7
 OPTIONS = {"stem.stride": None, "stem.means": False, "stem.adapter": None, "dropout": None, "encoder_options": None}   # of a network, when no model sets them
 
 def bundle_facts(recipe: dict,       # plain values, as in recipe.yaml
@@ -34,8 +34,11 @@ def bundle_facts(recipe: dict,       # plain values, as in recipe.yaml
     "What is known before a notebook of the bundle runs"
     known = {"task": recipe["task"], "config.window": recipe["predict"]["window"], "config.size": recipe["predict"]["size"]}
     known |= {f"{f}/samples": GIVEN for f in ("wanted_layout", "write_submission")}
-    known |= {"share.world": 1, "self.tracker": None, "job.tracker": None, "job.first_process": True, "job.compile": False}
-    if not train: known["build_model/weights"] = None
+    known |= {"share.world": 1, "self.averager": GIVEN if recipe["train"]["ema"] or recipe["train"]["swa"] is not None else None, "self.tracker": None, "job.tracker": None, "job.first_process": True, "job.compile": False,
+              "config.normalize": recipe["data"]["normalize"], "config.name": recipe["optim"]["name"]}
+    known |= {"self.scaler": None, "self.within": None, "self.start": None, "train_job/state": None}
+    known |= {f"{f}/state": None for f in ("Keeper.__init__", "FitModule.__init__", "Averager.__init__", "build_averager")}
+    if not train or not any(m["encoder_weights"] for m in recipe["models"]): known["build_model/weights"] = None
     given = {key for model in recipe["models"] for key in model["options"]}
     for option, value in OPTIONS.items():
         if option.split(".")[0] not in given: known |= {f"{f}/{option}": 0.0 if (f, option) == ("make_net", "dropout") else value for f in ("build_model", "make_net")}
@@ -94,7 +97,7 @@ def adapted(markdown: str) -> str:
     text = re.sub(r"\[([^\]]+)\]\([^)]+\)", r"\1", markdown)
     return re.sub(r"(?m)^(#+) ", lambda m: "#" * min(6, len(m[1]) + 2) + " ", text).strip()
 
-# %% ../nbs/51_bundle.ipynb #7ee1f87e
+# %% ../nbs/51_bundle.ipynb #97dbe676
 PREDICT = """
 Settings are read, the versions of all libraries are compared with those of the run, and the rows are made from the files that are there.
 ---
@@ -131,7 +134,7 @@ print(f"{len(rows)} training images in {folds.fold.nunique()} folds")
 ---
 Images and masks are decoded once, beside the new weights.
 ---
-pack = decoded(recipe, rows, Path(trained_folder) / "decoded")
+pack = DecodedPack(recipe, rows, Path(trained_folder) / "decoded")
 ---
 Every model on every fold, as the run trained it.
 ---
@@ -154,7 +157,7 @@ With `train_again = True` all networks are trained again, on the saved folds and
 ---
 if train_again:
     rows = train_rows(recipe)
-    pack = decoded(recipe, rows, Path(trained_folder) / "decoded")
+    pack = DecodedPack(recipe, rows, Path(trained_folder) / "decoded")
     print(retrain(recipe, rows, pack, read_folds(bundle), bundle, Path(trained_folder), workers))
 """
 
@@ -234,7 +237,7 @@ def parameters_cell(name: str, data_path: str, suffix: str) -> str:  # suffix: o
     if name == "solution": lines.append("train_again = False")
     return "\n".join([*lines, "strict_versions = True   # stop where a library has another version than the run's"])
 
-# %% ../nbs/51_bundle.ipynb #71dbf75e
+# %% ../nbs/51_bundle.ipynb #336dc4b6
 def notebook(title: str, intro: str, environment: str, layout: str, parameters: str, flat: Flat, template: str) -> nbformat.NotebookNode:
     "A notebook from its parts, in the order a reader wants them"
     cells = [cell("markdown", f"# {title}\n\n{intro}"), cell("markdown", f"## Environment\n\n{environment}"), cell("markdown", f"## Data\n\n{layout}"),
@@ -247,8 +250,15 @@ def notebook(title: str, intro: str, environment: str, layout: str, parameters: 
     return nbformat.v4.new_notebook(cells=cells, metadata=kernel)
 
 def code_lines(made: nbformat.NotebookNode) -> int:
-    "Lines of code that are not blank"
-    return sum(bool(line.strip()) for c in made.cells if c.cell_type == "code" for line in c.source.splitlines())
+    "Lines with code: blank ones, comments and docstrings explain"
+    return sum(map(lines_with_code, (c.source for c in made.cells if c.cell_type == "code")))
+
+def lines_with_code(source: str) -> int:
+    quiet = {n.value for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)}
+    idle = {line for value in quiet for line in range(value.lineno, value.end_lineno + 1)}
+    skip = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    return len({line for t in tokens if t.type not in skip for line in range(t.start[0], t.end[0] + 1)} - idle)
 
 # %% ../nbs/51_bundle.ipynb #128a9e0c
 EXECUTE = ("papermill", "ipykernel")   # what executes the notebooks

@@ -7,15 +7,17 @@ __all__ = ['CELL', 'FUNCTIONS', 'COMPREHENSIONS', 'UNKNOWN', 'GIVEN', 'COMPARE',
            'span_of', 'edited', 'segment', 'Unit', 'bound_names', 'units_of', 'local_names', 'global_names', 'dotted',
            'Facts', 'settle', 'truth', 'Scope', 'scope_of', 'folded', 'without_idle', 'Entry', 'entries',
            'without_entries', 'Choice', 'chosen_keys', 'said_names', 'slim_class', 'Package', 'own_names',
-           'import_meanings', 'Outside', 'without_own_imports', 'Needed', 'stored_into', 'added_to', 'plain_texts',
-           'own_keys', 'record_reads', 'fields_of', 'slim_records', 'slim_fields', 'prefixed', 'same_thing', 'Flat',
-           'name_all', 'free_name', 'renamed', 'room_order', 'flatten', 'import_lines', 'refuse_own_name']
+           'import_meanings', 'Outside', 'without_own_imports', 'Needed', 'Seen', 'look_at', 'signature_annotations',
+           'stored_into', 'added_to', 'plain_texts', 'own_keys', 'record_reads', 'fields_of', 'slim_records',
+           'slim_fields', 'prefixed', 'same_thing', 'Flat', 'name_all', 'free_name', 'renamed', 'quoted', 'room_order',
+           'flatten', 'import_lines', 'refuse_own_name']
 
-# %% ../nbs/51_compile.ipynb #1578b107
+# %% ../nbs/51_compile.ipynb #fede7f4a
 import ast, re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
+from typing import NamedTuple
 from .files import SegnbError
 
 # %% ../nbs/51_compile.ipynb #7f66f896
@@ -195,7 +197,7 @@ def truth(node: ast.AST, look: Callable):  # True, False or UNKNOWN
         return stop if any(v is stop for v in parts) else UNKNOWN if UNKNOWN in parts else not stop
     return v if (v := settle(node, look)) is UNKNOWN else bool(v)
 
-# %% ../nbs/51_compile.ipynb #5d80957e
+# %% ../nbs/51_compile.ipynb #2d942282
 @dataclass
 class Scope:
     "What is known inside one function"
@@ -207,36 +209,38 @@ class Scope:
 
     def look(self, chain: list[str]):
         if len(chain) == 1 and chain[0] in self.values: return self.values[chain[0]]
-        if chain[0] in self.stored and chain[0] not in self.aliases: return self.facts.known.get(f"{self.name}/{'.'.join(chain)}", UNKNOWN) if len(chain) > 1 else UNKNOWN
+        if (exact := f"{self.name}/{'.'.join(chain)}") in self.facts.known: return self.facts.known[exact]
+        if chain[0] in self.stored and chain[0] not in self.aliases: return UNKNOWN
         return self.facts.look_up(chain, self.name, self.aliases)
 
-def scope_of(function: ast.AST, facts: Facts) -> Scope:
+def scope_of(function: ast.AST, facts: Facts, owner: str = "") -> Scope:  # owner: the class it stands in, with a full stop
     "Read the assignments of a function"
     stores = [n.id for n in ast.walk(function) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
-    scope = Scope(facts, function.name, stored=frozenset(stores))
+    scope = Scope(facts, owner + function.name, stored=frozenset(stores))
     for n in ast.walk(function):
         if not isinstance(n, ast.Assign) or len(n.targets) != 1: continue
         target, whole = n.targets[0], [n.value]
         both = isinstance(target, ast.Tuple) and isinstance(n.value, ast.Tuple) and len(target.elts) == len(n.value.elts)
         for name, value in zip(target.elts, n.value.elts) if both else [(target, n.value)]:
             if not isinstance(name, ast.Name) or stores.count(name.id) > 1: continue
-            if (chain := dotted(value)) and len(chain) > 1: scope.aliases[name.id] = chain
-            elif not chain and (found := settle(value, scope.look)) is not UNKNOWN and not isinstance(value, ast.Constant): scope.values[name.id] = found
+            if (chain := dotted(value)) and len(chain) > 1: scope.aliases[name.id] = [*scope.aliases.get(chain[0], chain[:1]), *chain[1:]]
+            elif not chain and (found := settle(value, scope.look)) is not UNKNOWN: scope.values[name.id] = found
     return scope
 
-# %% ../nbs/51_compile.ipynb #9d1822cc
+# %% ../nbs/51_compile.ipynb #14a3df3e
 def folded(text: str, facts: Facts) -> str:
     "`text` without what cannot happen"
     while change := next(_folds(text, ast.parse(text).body, Scope(facts), facts), None): text = edited(text, [change])
     return text
 
-def _folds(text, body, scope, facts):
+def _folds(text, body, scope, facts, owner=""):
     "Edits of a list of statements and all that is in them"
     for k, node in enumerate(body):
         if isinstance(node, ast.If) and (holds := truth(node.test, scope.look)) is not UNKNOWN: yield _branch(text, node, holds, alone=len(body) == 1)
         if isinstance(node, (ast.Return, ast.Raise, ast.Continue, ast.Break)) and k + 1 < len(body): yield _lines(text, body[k + 1], body[-1]), ""
-        inner = scope_of(node, facts) if isinstance(node, FUNCTIONS) else scope
-        for part in ("body", "orelse", "finalbody"): yield from _folds(text, getattr(node, part, []), inner, facts)
+        inner = scope_of(node, facts, owner) if isinstance(node, FUNCTIONS) else scope
+        inside = f"{node.name}." if isinstance(node, ast.ClassDef) else ""
+        for part in ("body", "orelse", "finalbody"): yield from _folds(text, getattr(node, part, []), inner, facts, inside)
         for handler in [*getattr(node, "handlers", []), *getattr(node, "cases", [])]: yield from _folds(text, handler.body, inner, facts)
         yield from _expressions(text, node, inner)
 
@@ -309,7 +313,7 @@ def without_idle(text: str,     # folded
         if pairs and len(pairs) < len(value.elts): changes.append((span_of(text, n), f"{', '.join(a for a, _ in pairs)} = {', '.join(b for _, b in pairs)}"))
     return edited(text, changes)
 
-# %% ../nbs/51_compile.ipynb #e2a41184
+# %% ../nbs/51_compile.ipynb #0bacd85c
 @dataclass
 class Entry:
     "One entry of a registry, and where it stands in its statement"
@@ -340,9 +344,11 @@ def without_entries(text: str, found: list[Entry], keep: Callable[[str], bool]) 
         end = re.compile(rb"[\s,]*").match(text.encode(), found[-1].span[1]).end()   # a comma may follow
         return edited(text, [((found[0].span[0], end), "")])
     gone = [(found[n].span[0], found[n + 1].span[0]) if n < kept[-1] else (found[n - 1].span[1], found[n].span[1]) for n in range(len(found)) if n not in kept]
-    return edited(text, [(stretch, "") for stretch in gone])
+    last, data = found[kept[-1]].span[1], text.encode()
+    alone = len(kept) == 1 < len(found) and data[found[0].span[0] - 1:found[0].span[0]] + data[found[-1].span[1]:found[-1].span[1] + 1] == b"()"
+    return edited(text, [*((stretch, "") for stretch in gone), *([((last, last), ",")] if alone else [])])   # (a, b) without b is (a,)
 
-# %% ../nbs/51_compile.ipynb #3bbde762
+# %% ../nbs/51_compile.ipynb #65e42ef3
 @dataclass(frozen=True)
 class Choice:
     "A text in the recipe"
@@ -353,12 +359,12 @@ def chosen_keys(keys: Iterable[str],           # of a registry
                 choices: Iterable[Choice],
                 said: Iterable[str] = (),      # texts in the code that is kept
                ) -> set[str]:                  # empty: neither the recipe nor the code names one, so data does
-    "The entries of a registry that can be asked for"
+    "The entries of a registry that can be asked for: those that the recipe chooses, or else those that the code names"
     keys, picked = list(keys), set()
-    match = lambda value: min((k for k in keys if k == value or k.lower().startswith(f"{value}_") or k.lower() == value or k.endswith(f"_{value}")), key=len, default=None)
+    match = lambda value: min((k for k in keys if k == value or k.lower().startswith(f"{value}_") or k.lower() == value), key=len, default=None)
     for choice in choices:
         if all(match(v) for v in choice.allowed) and (key := match(choice.value)): picked.add(key)
-    return picked | (set(said) & set(keys))
+    return picked or set(said) & set(keys)
 
 # %% ../nbs/51_compile.ipynb #0c99a080
 CALLED_BY_NONE = {"NamedTuple", "Exception", "ValueError", "object", "Mapping"}   # bases that call no method of ours but those with underscores
@@ -381,7 +387,7 @@ def slim_class(text: str, said: set[str]) -> str:
         cuts.append(((start, end), ""))
     return edited(text, cuts).rstrip("\n")
 
-# %% ../nbs/51_compile.ipynb #91be2737
+# %% ../nbs/51_compile.ipynb #681b8d38
 Ref = tuple   # (room, name)
 
 @dataclass
@@ -400,6 +406,7 @@ class Package:
         "A unit without what the facts exclude, and without imports from its own package"
         text = unit.text
         if isinstance(unit.node, (*FUNCTIONS, ast.ClassDef)): text = without_own_imports(without_idle(folded(text, self.facts), text), self.name)
+        if text != unit.text: text = re.sub(r"\n(\s*\n){2,}", "\n\n", text.rstrip("\n"))
         inner = {alias: ref for n in ast.walk(unit.node) if isinstance(n, ast.ImportFrom) and n is not unit.node for alias, ref in own_names(n, self.name).items()}
         made = Unit(unit.room, unit.cell, unit.line, text, unit.gap)
         made.__dict__["inner"] = inner
@@ -447,13 +454,16 @@ def without_own_imports(text: str, package: str) -> str:
     found = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.ImportFrom) and own_names(n, package)]
     return edited(text, [(_lines(text, n, n), "") for n in found])
 
-# %% ../nbs/51_compile.ipynb #b9badc2e
+# %% ../nbs/51_compile.ipynb #f7eff3e9
 class Needed:
     "The definitions that `start` needs"
     def __init__(self, package: Package, start: Iterable[Ref]):
         self.package, self.start = package, list(start)
         self.said, self.said_texts, self.open = set(), set(), set()   # open: registries that only data chooses from
         self.texts: dict[Unit, str] = {}                              # what is kept of each unit
+        self.keys, self.adds = {}, {}                                 # looked up once: keys of a registry, what a unit adds to
+        for ref, units in self.additions.items():
+            for u in units: self.adds.setdefault(u, []).append(ref)
         while True:
             self.settle()
             idle = {ref for u in self.texts for n in u.names if self.wanted(ref := (u.room, n)) == set() and self.keys_of(ref)}
@@ -474,12 +484,41 @@ class Needed:
             unit = todo.pop()
             if unit in texts: continue
             texts[unit] = text = self.view(unit)
-            node = ast.parse(text)
-            self.said, self.said_texts = self.said | said_names(node), self.said_texts | plain_texts(node)
-            refs = [self.means(unit, n.id) for n in global_names(node)]
+            seen = look_at(text)
+            self.said, self.said_texts = self.said | seen.said, self.said_texts | seen.texts
+            refs = [self.means(unit, n) for n in seen.names] + [r for n in seen.annotations if not self.is_class(r := self.means(unit, n))]
             todo += [self.unit(r, f"{unit.room}, {', '.join(unit.names) or text[:40]}") for r in refs if isinstance(r, tuple)]
             todo += [extra for name in unit.names for extra in self.additions.get((unit.room, name), ()) if self.joins(extra)]
         self.texts = texts
+
+# %% ../nbs/51_compile.ipynb #d75a6d20
+class Seen(NamedTuple):
+    "What a text says"
+    names: tuple[str, ...]         # of the module
+    annotations: tuple[str, ...]   # those that only annotate
+    said: frozenset[str]
+    texts: frozenset[str]
+
+@lru_cache(maxsize=None)
+def look_at(text: str) -> Seen:
+    "Read a text once"
+    node = ast.parse(text)
+    inside = {id(n) for a in signature_annotations(node) for n in ast.walk(a)}
+    found = list(global_names(node))
+    names = dict.fromkeys(n.id for n in found if id(n) not in inside)
+    return Seen(tuple(names), tuple(dict.fromkeys(n.id for n in found if n.id not in names)), frozenset(said_names(node)), frozenset(plain_texts(node)))
+
+# %% ../nbs/51_compile.ipynb #cb70d756
+def signature_annotations(node: ast.AST) -> list[ast.AST]:
+    "Annotations of arguments and results"
+    functions = [n for n in ast.walk(node) if isinstance(n, FUNCTIONS[:2])]
+    args = [a for f in functions for a in (*f.args.posonlyargs, *f.args.args, *f.args.kwonlyargs, f.args.vararg, f.args.kwarg) if a]
+    return [x for x in (*(a.annotation for a in args), *(f.returns for f in functions)) if x is not None]
+
+def _is_class(self, ref) -> bool:
+    return isinstance(ref, tuple) and ref in self.package.defined and isinstance(self.package.defined[ref].node, ast.ClassDef)
+
+Needed.is_class = _is_class
 
 # %% ../nbs/51_compile.ipynb #666e280d
 def _means(self, unit: Unit, name: str) -> object:
@@ -496,7 +535,7 @@ def _unit(self, ref: Ref, who: str) -> Unit:
 
 Needed.means, Needed.unit = _means, _unit
 
-# %% ../nbs/51_compile.ipynb #0b9d7955
+# %% ../nbs/51_compile.ipynb #9a347c53
 def stored_into(node: ast.AST) -> set[str]:
     "Names whose items a function sets: what a decorator registers into"
     targets = [t for n in ast.walk(node) if isinstance(n, ast.Assign) for t in n.targets]
@@ -522,6 +561,7 @@ def plain_texts(node: ast.AST) -> set[str]:
     return {n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str) and id(n) not in skip}
 
 def _additions(self):
+    "Name -> the statements that add to it"
     units = [u for us in self.package.rooms.values() for u in us]
     registrars = {(u.room, u.node.name): {(u.room, n) for n in stored_into(u.node) if (u.room, n) in self.package.defined}
                   for u in units if isinstance(u.node, ast.FunctionDef)}
@@ -538,12 +578,11 @@ def _additions(self):
 Needed.additions = cached_property(_additions)
 Needed.additions.__set_name__(Needed, "additions")   # as a class body would
 
-# %% ../nbs/51_compile.ipynb #406e770d
+# %% ../nbs/51_compile.ipynb #16081457
 def _keys_of(self, ref):
     "All keys of a registry, wherever they are added"
-    home, found = self.package.defined.get(ref), []
-    for u in [home, *self.additions.get(ref, ())]: found += self.own_keys(u)
-    return found
+    if ref not in self.keys: self.keys[ref] = [key for u in [self.package.defined.get(ref), *self.additions.get(ref, ())] for key in self.own_keys(u)]
+    return self.keys[ref]
 
 def own_keys(unit: Unit) -> list[str]:
     "Keys of a registry that a unit enters"
@@ -563,10 +602,10 @@ def _wanted(self, ref):
 
 Needed.keys_of, Needed.own_keys, Needed.wanted = _keys_of, staticmethod(own_keys), _wanted
 
-# %% ../nbs/51_compile.ipynb #df4640c2
+# %% ../nbs/51_compile.ipynb #706f3a9e
 def _targets(self, unit):
     "The registries that a unit is or adds to"
-    return [(unit.room, n) for n in unit.names] + [ref for ref, us in self.additions.items() if unit in us]
+    return [(unit.room, n) for n in unit.names] + self.adds.get(unit, [])
 
 def _joins(self, unit):
     "Is an addition wanted?"
@@ -653,17 +692,18 @@ def _records(self):
 Needed.record_of, Needed.records = _record_of, cached_property(_records)
 Needed.records.__set_name__(Needed, "records")
 
-# %% ../nbs/51_compile.ipynb #f5d580c5
+# %% ../nbs/51_compile.ipynb #89d5a603
 def _read_fields(self, record):
     "Fields of a record that kept code reads"
     registry, fields, found = self.records[record], fields_of(self.package.defined[record].node), set()
     for u, text in self.texts.items():
+        if not any(self.means(u, n) == registry for n in look_at(text).names): continue
         reads = record_reads(text, lambda n: self.means(u, n.id) == registry)
         if reads is None: return fields
         found |= reads
     holders = {f[1:] for f in found if f.startswith(".")}
-    for text in self.texts.values() if holders else ():
-        found |= {n.attr for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Attribute) and (dotted(n.value) or [""])[-1] in holders}
+    for text in self.texts.values():
+        if any(holder in text for holder in holders): found |= {n.attr for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Attribute) and (dotted(n.value) or [""])[-1] in holders}
     return [f for f in fields if f in found]
 
 def slim_records(text: str, fields: list[str], read: list[str]) -> str:
@@ -698,7 +738,7 @@ def same_thing(a: Outside, b: Outside) -> bool:
     "Is it one thing under two roofs? `typing` repeats what `collections.abc` has"
     return a.attribute == b.attribute and {a.module, b.module} <= {"typing", "collections.abc"}
 
-# %% ../nbs/51_compile.ipynb #01fb635e
+# %% ../nbs/51_compile.ipynb #d7d4e260
 @dataclass
 class Flat:
     "What stands in the notebook"
@@ -709,7 +749,7 @@ class Flat:
 def name_all(needed: Needed, order: list[Unit], taken: Iterable[str]) -> dict[object, str]:
     "A name for each definition and each import, no two alike"
     names, used = {}, dict.fromkeys(taken)
-    outside = {m: None for u in order for n in global_names(ast.parse(needed.texts[u])) if isinstance(m := needed.means(u, n.id), Outside)}
+    outside = {m: None for u in order for n in (*look_at(needed.texts[u]).names, *look_at(needed.texts[u]).annotations) if isinstance(m := needed.means(u, n), Outside)}
     for found in sorted(outside, key=lambda o: o.module != "collections.abc"):
         alias = found.alias or found.module.split(".")[0]
         twin = used.get(alias)
@@ -725,10 +765,10 @@ def name_all(needed: Needed, order: list[Unit], taken: Iterable[str]) -> dict[ob
 def free_name(name: str, room: str, used: Iterable[str]) -> str:
     return name if name not in used else prefixed(room, name)
 
-# %% ../nbs/51_compile.ipynb #5899fe0b
+# %% ../nbs/51_compile.ipynb #fe6a3242
 def renamed(needed: Needed, unit: Unit, names: Mapping) -> str:
     "The text of a unit under the names of the notebook"
-    text = needed.texts[unit]
+    text = quoted(needed, unit)
     tree, changes = ast.parse(text), []
     inside = {n for f in ast.walk(tree) if isinstance(f, (*FUNCTIONS, *COMPREHENSIONS)) for n in local_names(f)}
     for node in global_names(tree):
@@ -741,6 +781,13 @@ def renamed(needed: Needed, unit: Unit, names: Mapping) -> str:
         if (new := names[unit.room, name]) != name: changes += [(at, new) for at in _binding_places(text, tree, name)]
     return edited(text, changes)
 
+def quoted(needed: Needed, unit: Unit) -> str:
+    "The text of a unit, annotations of absent classes in quotes"
+    text = needed.texts[unit]
+    absent = lambda n: isinstance(n, ast.Name) and needed.is_class(ref := needed.means(unit, n.id)) and needed.package.defined[ref] not in needed.texts
+    places = [a for a in signature_annotations(ast.parse(text)) if any(map(absent, ast.walk(a)))]
+    return edited(text, [(span_of(text, a), f'"{segment(text, a)}"') for a in places])
+
 def _binding_places(text, tree, name):
     "Where a statement binds a module name"
     top = tree.body[0]
@@ -750,7 +797,7 @@ def _binding_places(text, tree, name):
         return [(at, at + len(name.encode()))]
     return [span_of(text, n) for n in ast.walk(top) if isinstance(n, ast.Name) and n.id == name and isinstance(n.ctx, ast.Store)]
 
-# %% ../nbs/51_compile.ipynb #432d8db8
+# %% ../nbs/51_compile.ipynb #8f286da7
 def room_order(package: Package) -> list[str]:
     "Rooms, each after those it imports at its top"
     found, waiting = [], list(package.sources)
@@ -764,7 +811,8 @@ def room_order(package: Package) -> list[str]:
 def flatten(needed: Needed, taken: Iterable[str] = ()) -> Flat:  # taken: names that the notebook uses for itself
     "The needed definitions as cells, under names that cannot be mistaken"
     rooms = {room: n for n, room in enumerate(room_order(needed.package))}
-    order = sorted(needed.texts, key=lambda u: (rooms[u.room], u.line))
+    first = {needed.package.defined[ref] for ref in needed.package.stand_ins.values()}   # annotations name them everywhere
+    order = sorted(needed.texts, key=lambda u: (u not in first, rooms[u.room], u.line))
     names, cells = name_all(needed, order, taken), {}
     for unit in order:
         text = renamed(needed, unit, names)
