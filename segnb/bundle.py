@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['OPTIONS', 'UNCHOSEN', 'PREDICT', 'TRAIN', 'AGAIN', 'TEMPLATES', 'PARAMETERS', 'LAYOUTS', 'EXECUTE', 'SIDES',
-           'bundle_facts', 'literals', 'recipe_choices', 'notebook_texts', 'explanations', 'adapted', 'run_cells',
-           'names_in', 'package_of', 'compiled', 'cell', 'component_cells', 'import_cell', 'layout_text',
-           'parameters_cell', 'notebook', 'code_lines', 'lines_with_code', 'distributions_for', 'refuse_other_versions',
-           'installed_version', 'members_of', 'start_weights', 'bundle_recipe', 'hardware', 'data_hashes', 'measure',
-           'environment_text', 'score_text', 'intro_text', 'readme_text', 'make_notebooks', 'submissions',
-           'import_lines_of', 'bundle_run', 'copy_file', 'write_manifest', 'sizes', 'refuse_too_large',
+           'bundle_facts', 'train_facts', 'literals', 'recipe_choices', 'notebook_texts', 'explanations', 'adapted',
+           'run_cells', 'names_in', 'package_of', 'compiled', 'cell', 'component_cells', 'import_cell', 'layout_text',
+           'first_lines', 'parameters_cell', 'notebook', 'code_lines', 'lines_with_code', 'distributions_for',
+           'refuse_other_versions', 'installed_version', 'members_of', 'start_weights', 'bundle_recipe', 'hardware',
+           'data_hashes', 'measure', 'environment_text', 'score_text', 'intro_text', 'readme_text', 'make_notebooks',
+           'submissions', 'import_lines_of', 'bundle_run', 'copy_file', 'write_manifest', 'sizes', 'refuse_too_large',
            'refuse_too_slow', 'pack_zip', 'add_wheels']
 
 # %% ../nbs/51_bundle.ipynb #94b4645e
@@ -25,7 +25,7 @@ from .files import RecipeError, SegnbError, read_json, sha256_file, write_bytes,
 from .pipeline import STAGES, Run, package_folder, raw_hashes, read_manifest, sides, stage_tasks
 from .recipe import Recipe, Section, weights_file
 
-# %% ../nbs/51_bundle.ipynb #c3b352d7
+# %% ../nbs/51_bundle.ipynb #cdb40aea
 OPTIONS = {"stem.stride": None, "stem.means": False, "stem.adapter": None, "dropout": None, "encoder_options": None}   # of a network, when no model sets them
 
 def bundle_facts(recipe: dict,       # plain values, as in recipe.yaml
@@ -34,15 +34,28 @@ def bundle_facts(recipe: dict,       # plain values, as in recipe.yaml
     "What is known before a notebook of the bundle runs"
     known = {"task": recipe["task"], "config.window": recipe["predict"]["window"], "config.size": recipe["predict"]["size"]}
     known |= {f"{f}/samples": GIVEN for f in ("wanted_layout", "write_submission")}
-    known |= {"share.world": 1, "self.averager": GIVEN if recipe["train"]["ema"] or recipe["train"]["swa"] is not None else None, "self.tracker": None, "job.tracker": None, "job.first_process": True, "job.compile": False,
-              "config.normalize": recipe["data"]["normalize"], "config.name": recipe["optim"]["name"]}
-    known |= {"self.scaler": None, "self.within": None, "self.start": None, "train_job/state": None}
-    known |= {f"{f}/state": None for f in ("Keeper.__init__", "FitModule.__init__", "Averager.__init__", "build_averager")}
-    if not train or not any(m["encoder_weights"] for m in recipe["models"]): known["build_model/weights"] = None
     given = {key for model in recipe["models"] for key in model["options"]}
     for option, value in OPTIONS.items():
         if option.split(".")[0] not in given: known |= {f"{f}/{option}": 0.0 if (f, option) == ("make_net", "dropout") else value for f in ("build_model", "make_net")}
-    return Facts({**recipe, "n_classes": len(recipe["classes"])}, known)
+    if not train or not any(m["encoder_weights"] for m in recipe["models"]): known["build_model/weights"] = None
+    return Facts({**recipe, "n_classes": len(recipe["classes"])}, known | (train_facts(recipe) if train else {}))
+
+# %% ../nbs/51_bundle.ipynb #cde70b85
+def train_facts(recipe: dict) -> dict:
+    "What is known where one process trains from the start"
+    from segnb.losses import LOSSES
+    averages, asked = recipe["train"]["ema"] or recipe["train"]["swa"] is not None, recipe["sampling"]
+    known = {"share.world": 1, "self.tracker": None, "job.tracker": None, "job.first_process": True, "job.compile": False, "self.averager": GIVEN if averages else None,
+             "self.scaler": None, "self.within": None, "self.start": None, "train_job/state": None, "build_averager/state": None,
+             "config.normalize": recipe["data"]["normalize"], "config.name": recipe["optim"]["name"], "target.ndim": 3 if recipe["task"] == "multiclass" else 4}
+    known |= {f"{f}.__init__/state": None for f in ("Keeper", "FitModule", "Averager")}
+    if recipe["data"]["ignore_index"] is None: known |= {"ignore_index": None, "valid": None}
+    if LOSSES[recipe["loss"]["name"]].maps is None and recipe["loss"]["name"] != "sum": known |= {"self.make_maps": None, "maps": None}
+    if not recipe["mixing"]: known["job.mixer"] = None
+    if not (asked["min_share"] or asked["max_share"] < 1 or asked["weights"] or asked["foreground"]): known |= {"self.sampling": None, "TrainDataset.__init__/sampling": None}
+    if not asked["foreground"]: known |= {f"{f}/show": None for f in ("augment_row", "_augmented", "read_crop")}
+    if not any(m["split"] for m in recipe["models"]): known["share.split"] = 1
+    return known
 
 # %% ../nbs/51_bundle.ipynb #e25c6763
 UNCHOSEN = ("name", "classes", "timed", "tune", "track", "encoder_weights")   # keys at the top whose texts choose nothing
@@ -67,7 +80,7 @@ def recipe_choices(recipe: Recipe) -> list[Choice]:
         elif isinstance(value, str): yield Choice(value, allowed if value in allowed else ())
     return list(dict.fromkeys(c for key in type(recipe).model_fields if key not in UNCHOSEN for c in visit(getattr(recipe, key))))
 
-# %% ../nbs/51_bundle.ipynb #6d118a3a
+# %% ../nbs/51_bundle.ipynb #5c7602d0
 def notebook_texts(path: Path) -> tuple[dict, dict[str, str]]:  # room, title and sentence; cell id -> markdown above it
     "What a notebook says about itself and its exported cells"
     cells, above, texts, room = json.loads(path.read_text("utf8"))["cells"], [], {}, {}
@@ -83,10 +96,10 @@ def notebook_texts(path: Path) -> tuple[dict, dict[str, str]]:  # room, title an
 
 def explanations() -> dict:  # rooms: room -> title, sentence; cells: id -> markdown
     "The texts of all notebooks"
-    packed, clone = package_folder() / "notebooks" / "explanations.json", package_folder().parent / "nbs"
-    if packed.is_file(): return read_json(packed)
-    found = {"rooms": {}, "cells": {}}
-    for path in sorted(clone.glob("[0-9]*.ipynb")):
+    places, found = (package_folder() / "notebooks", package_folder().parent / "nbs"), {"rooms": {}, "cells": {}}
+    folder = next((p for p in places if (p / "51_bundle.ipynb").is_file()), None)
+    if folder is None: raise SegnbError(f"The notebooks of segnb are in neither {' nor '.join(map(str, places))}: install segnb again.")
+    for path in sorted(folder.glob("[0-9]*.ipynb")):
         room, texts = notebook_texts(path)
         if room: found["rooms"][room["room"]] = room; found["cells"] |= texts
     return found
@@ -212,7 +225,7 @@ def import_cell(flat: Flat) -> str:
     quiet = 'import os\nos.environ |= {"HF_HUB_OFFLINE": "1", "NO_ALBUMENTATIONS_UPDATE": "1"}   # no library asks the network for anything\n\n'
     return quiet + "\n".join(line for line in flat.imports if line != "import os")
 
-# %% ../nbs/51_bundle.ipynb #4d853434
+# %% ../nbs/51_bundle.ipynb #b4c4773d
 LAYOUTS = {"rle_csv": "Tables of image paths; training masks as run lengths in the table.", "coco": "COCO JSON with polygons.", "index_png": "A mask PNG beside each training image, paired by name.",
            "polygon_json": "A JSON of labelled polygons for each training image.", "tiff": "Multi-band TIFF images and masks."}
 
@@ -226,8 +239,13 @@ def layout_text(recipe: Recipe, side: str) -> str:  # side: train or test
             if path.is_dir():
                 first = next((p.relative_to(root).as_posix() for p in sorted(path.rglob("*")) if p.is_file()), "")
                 lines.append(f"- `{name}/`: such as `{first}`")
-            elif path.is_file(): lines.append(f"- `{name}`" + (f": `{path.open(encoding='utf-8-sig').readline().strip()[:80]}`" if path.suffix == ".csv" else ""))
+            elif path.is_file(): lines.append(f"- `{name}`" + (f": {first_lines(path)}" if path.suffix == ".csv" else ""))
     return "\n".join([LAYOUTS[recipe.data.format] + " Below `data_root`:", "", *lines])
+
+def first_lines(path: Path) -> str:
+    "The header of a table and its first row, cut short"
+    with open(path, encoding="utf-8-sig", errors="replace") as file: lines = [file.readline().strip()[:70] for _ in range(2)]
+    return ", such as ".join(f"`{line}`" for line in lines if line)
 
 def parameters_cell(name: str, data_path: str, suffix: str) -> str:  # suffix: of the submission
     "The one cell to edit"
@@ -260,23 +278,24 @@ def lines_with_code(source: str) -> int:
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     return len({line for t in tokens if t.type not in skip for line in range(t.start[0], t.end[0] + 1)} - idle)
 
-# %% ../nbs/51_bundle.ipynb #128a9e0c
+# %% ../nbs/51_bundle.ipynb #bc178072
 EXECUTE = ("papermill", "ipykernel")   # what executes the notebooks
 
 def distributions_for(imports: Iterable[str]) -> list[str]:  # lines of the import cells
     "Names of the distributions behind imports, and of all that they require"
     from packaging.requirements import Requirement
     owners, modules = importlib.metadata.packages_distributions(), {line.split()[1].split(".")[0] for line in imports}
-    todo, found = [d for m in sorted(modules) for d in owners.get(m, [])] + list(EXECUTE), {}
+    todo, found, done = [(d, "") for m in sorted(modules) for d in owners.get(m, [])] + [(d, "") for d in EXECUTE], {}, set()
     while todo:
-        name = todo.pop()
+        name, extra = todo.pop()
         key = re.sub(r"[-_.]+", "-", name).lower()
-        if key in found: continue
+        if (key, extra) in done: continue
+        done.add((key, extra))
         try: dist = importlib.metadata.distribution(name)
         except importlib.metadata.PackageNotFoundError: continue   # required under a condition that does not hold here
         found[key] = f"{dist.metadata['Name']}=={dist.version}"
-        needs = [Requirement(r) for r in dist.requires or []]
-        todo += [r.name for r in needs if r.marker is None or r.marker.evaluate({"extra": ""})]
+        needs = [r for r in map(Requirement, dist.requires or []) if r.marker is None or r.marker.evaluate({"extra": extra})]
+        todo += [(r.name, e) for r in needs for e in ("", *r.extras)]
     return [found[key] for key in sorted(found)]
 
 def refuse_other_versions(run: Run):
@@ -349,14 +368,15 @@ def measure(bundle: Path, data_root: Path, most: int = 12) -> dict:
     return {"images": len(few), "pixels": int((few.height * few.width).sum()), "largest": int(max(h * w for h, w in sizes)), "seconds": round(time.perf_counter() - began, 3),
             "start_seconds": round(began - started, 3), "peak_bytes": peak}
 
-# %% ../nbs/51_bundle.ipynb #9b515746
+# %% ../nbs/51_bundle.ipynb #9c24a4e2
 def environment_text(run: Run, side: str) -> str:
     "Versions and hardware as the reader sees them"
     made, machine = read_json(run.path("environment.json")), hardware(run)
-    libraries = ", ".join(f"{name} {version}" for name, version in made["versions"].items() if version)
-    exact = "the submission" if side == "test" else "the weights"
-    return (f"Python {made['python']}, {libraries}; all of it in `requirements.txt`. Made on {machine['cpu']} ({machine['device']}, {machine['threads']} threads, {machine['platform']}). "
-            f"With these versions and the same kind of processor {exact} come out the same to the bit. The notebook sets the number of threads itself, and asks no network for anything.")
+    libraries = ", ".join(f"{name} {version}" for name, was in made["versions"].items() if (version := was or installed_version(name)))
+    exact = "the submission comes" if side == "test" else "the weights come"
+    threads = f"{machine['threads']} thread{'s' * (machine['threads'] > 1)}"
+    return (f"Python {made['python']}, {libraries}; all of it in `requirements.txt`. Made on {machine['cpu']} ({machine['device']}, {threads}, {machine['platform']}). "
+            f"With these versions and the same kind of processor {exact} out the same to the bit. The notebook sets the number of threads itself, and asks no network for anything.")
 
 def score_text(scores: dict) -> str:
     "The cross-validated score as a sentence"

@@ -197,7 +197,7 @@ def truth(node: ast.AST, look: Callable):  # True, False or UNKNOWN
         return stop if any(v is stop for v in parts) else UNKNOWN if UNKNOWN in parts else not stop
     return v if (v := settle(node, look)) is UNKNOWN else bool(v)
 
-# %% ../nbs/51_compile.ipynb #2d942282
+# %% ../nbs/51_compile.ipynb #94f0e862
 @dataclass
 class Scope:
     "What is known inside one function"
@@ -210,7 +210,7 @@ class Scope:
     def look(self, chain: list[str]):
         if len(chain) == 1 and chain[0] in self.values: return self.values[chain[0]]
         if (exact := f"{self.name}/{'.'.join(chain)}") in self.facts.known: return self.facts.known[exact]
-        if chain[0] in self.stored and chain[0] not in self.aliases: return UNKNOWN
+        if len(chain) == 1 and chain[0] in self.stored and chain[0] not in self.aliases: return UNKNOWN
         return self.facts.look_up(chain, self.name, self.aliases)
 
 def scope_of(function: ast.AST, facts: Facts, owner: str = "") -> Scope:  # owner: the class it stands in, with a full stop
@@ -602,13 +602,15 @@ def _wanted(self, ref):
 
 Needed.keys_of, Needed.own_keys, Needed.wanted = _keys_of, staticmethod(own_keys), _wanted
 
-# %% ../nbs/51_compile.ipynb #706f3a9e
+# %% ../nbs/51_compile.ipynb #7144604f
 def _targets(self, unit):
     "The registries that a unit is or adds to"
     return [(unit.room, n) for n in unit.names] + self.adds.get(unit, [])
 
 def _joins(self, unit):
     "Is an addition wanted?"
+    strangers = all(ref[0] != unit.room for ref in self.targets(unit)) and not any(u.room == unit.room and u is not unit for u in self.texts)
+    if strangers: return False   # a room of which nothing else is needed adds for itself
     if isinstance(unit.node, (ast.FunctionDef, ast.ClassDef)) or own_keys(unit):
         wanted = [self.wanted(ref) for ref in self.targets(unit)[len(unit.names):]]
         return any(w is None or w & set(own_keys(unit)) for w in wanted)
@@ -618,10 +620,18 @@ def _joins(self, unit):
     return True
 
 def _called_from_outside(self, unit):
-    "Does a class have a base of another package?"
+    "Does a class have a base of another package, or a class that is made from it?"
+    return self.has_outside_base(unit) or (unit.room, unit.names[0]) in self.mixed_in
+
+def _mixed_in(self):
+    "Classes that stand beside a base of another package"
+    units = [u for us in self.package.rooms.values() for u in us if isinstance(u.node, ast.ClassDef)]
+    return {self.means(u, b.id) for u in units if self.has_outside_base(u) for b in u.node.bases if isinstance(b, ast.Name)}
+
+def _has_outside_base(self, unit):
     for base in unit.node.bases if isinstance(unit.node, ast.ClassDef) else []:
         ref = self.means(unit, base.id) if isinstance(base, ast.Name) else Outside("", None, None)
-        if isinstance(ref, tuple): outside = ref in self.package.defined and self.called_from_outside(self.package.defined[ref])
+        if isinstance(ref, tuple): outside = ref in self.package.defined and self.has_outside_base(self.package.defined[ref])
         else: outside = not isinstance(base, ast.Name) or base.id not in CALLED_BY_NONE
         if outside: return True
     return False
@@ -639,6 +649,8 @@ def _view(self, unit):
     return text
 
 Needed.targets, Needed.joins, Needed.called_from_outside, Needed.view = _targets, _joins, _called_from_outside, _view
+Needed.has_outside_base, Needed.mixed_in = _has_outside_base, cached_property(_mixed_in)
+Needed.mixed_in.__set_name__(Needed, "mixed_in")
 
 # %% ../nbs/51_compile.ipynb #a82d743f
 def record_reads(text: str,
@@ -797,7 +809,7 @@ def _binding_places(text, tree, name):
         return [(at, at + len(name.encode()))]
     return [span_of(text, n) for n in ast.walk(top) if isinstance(n, ast.Name) and n.id == name and isinstance(n.ctx, ast.Store)]
 
-# %% ../nbs/51_compile.ipynb #8f286da7
+# %% ../nbs/51_compile.ipynb #e2994143
 def room_order(package: Package) -> list[str]:
     "Rooms, each after those it imports at its top"
     found, waiting = [], list(package.sources)
@@ -817,7 +829,8 @@ def flatten(needed: Needed, taken: Iterable[str] = ()) -> Flat:  # taken: names 
     for unit in order:
         text = renamed(needed, unit, names)
         before = cells.get((unit.room, unit.cell))
-        cells[unit.room, unit.cell] = text if before is None else f"{before}\n{chr(10) * min(unit.gap, 1)}{text}"
+        gap = 1 if unit.gap or "\n" in text or "\n" in (before or "").split("\n\n")[-1] else 0
+        cells[unit.room, unit.cell] = text if before is None else f"{before}\n{chr(10) * gap}{text}"
     lines = import_lines({(m, n) for m, n in names.items() if isinstance(m, Outside)})
     refuse_own_name(needed.package.name, "\n".join(cells.values()))
     return Flat(lines, [(room, cell, code) for (room, cell), code in cells.items()], names)
@@ -827,6 +840,7 @@ def import_lines(found: Iterable[tuple[Outside, str]]) -> list[str]:
     modules, names = set(), {}
     for o, name in found:
         if o.attribute is None: modules.add(Outside(o.module, None, name if name != o.module.split(".")[0] or "." in o.module and o.alias else None).line)
+        elif o.module == "typing" and any(same_thing(o, other) and other.module != "typing" for other, _ in found): continue
         else: names.setdefault(o.module, {})[o.attribute if name == o.attribute else f"{o.attribute} as {name}"] = None
     return sorted(modules) + [f"from {module} import {', '.join(sorted(names[module]))}" for module in sorted(names)]
 
