@@ -1,10 +1,40 @@
 """A bundle from run to proof: compiled, executed without segnb and without a network, and refused when anything in it has changed."""
-import json, shutil
+import hashlib, json, shutil, zipfile
 
 import nbformat
 import pytest
+import torch
 from conftest import TINY, segnb, settings
+from segnb.bundle import bundle_run, pack_zip, refuse_too_large, refuse_too_slow
+from segnb.data import read_samples
+from segnb.engine import save_weights
+from segnb.ensemble import fits_of, no_scores, predict_test, read_decision
+from segnb.files import RecipeError, SegnbError, write_json
+from segnb.pipeline import Run, open_run, split_folds
+from segnb.sample import draw_sample
+from segnb.submit import make_submission
+from segnb.train import new_model
 from segnb.verify import verify_bundle
+
+
+def untrained(folder):
+    "A run on a drawn sample whose networks were never trained: all that predicting needs, in a second"
+    small = {"models": [{"name": "small", "arch": "Unet", "encoder": "mobilenet_v2", "precision": "fp32", "memory_format": "contiguous", "compile": False}],
+             "data.root": str(draw_sample("demo", folder / "data", train=6, test=4, size=64)), "augment.size": 64, "folds.n": 2, "predict.tta": ["hflip"]}
+    run = open_run("demo", folder / "run", small)
+    read_samples(run.recipe).to_parquet(run.path("samples.parquet"), index=False)
+    split_folds(run)
+    for model, fold in [(model, k) for model, folds in fits_of(run).items() for k in folds]:
+        place = run.path("models", model, f"fold{fold}")
+        place.mkdir(parents=True)
+        save_weights(new_model(run.recipe.model_copy(update={"seed": fold}), run.recipe.models[0], run.pack()), place / "best.safetensors")
+        write_json(place / "fit.json", {"model": run.recipe.models[0].model_dump(), "precision": "fp32", "memory_format": "contiguous", "in_channels": 3, "n_classes": 1, "score": 0.5,
+                                        "threads": torch.get_num_threads(), "device": "cpu", "seconds": 1.0, "processes": 1, "resumed": False})
+    write_json(run.path("ensemble.json"), {"weights": {"small": 1.0}, "thresholds": [0.5], "min_area": 4, "because": {}})
+    write_json(run.path("scores.json"), no_scores(run.recipe))
+    report, _ = make_submission(run.recipe, predict_test(run, read_decision(run)), run.path("submission.csv"), samples=run.samples())
+    write_json(run.path("submission.json"), report)
+    return run
 
 
 def finished(tmp_path_factory, recipe, *options):
@@ -18,7 +48,11 @@ def finished(tmp_path_factory, recipe, *options):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory): return finished(tmp_path_factory, "demo", "--title", "Buildings", "--zip")
+def made(tmp_path_factory):
+    "A bundle, its run and its data"
+    folder = tmp_path_factory.mktemp("bundle")
+    bundle_run(untrained(folder).folder, folder / "bundle", title="Buildings")
+    return folder
 
 
 @pytest.fixture
@@ -45,8 +79,7 @@ def test_notebooks_hold_what_the_run_used_and_nothing_else(made):
         for other in ("PolygonJson", "ClassTable", "FCN8s", "lovasz", "papermill", "wandb", "def polygons_to_mask"): assert other not in code, (name, other)
     assert "focal" not in code_of(made / "bundle" / "predict.ipynb") and "def focal_dice_loss" in code_of(made / "bundle" / "train.ipynb")
     lines = json.loads((made / "bundle" / "MANIFEST.json").read_text())["code_lines"]
-    assert max(lines.values()) < 1500, lines
-    assert (made / "bundle.zip").stat().st_size > 1000
+    assert lines["predict"] < 1500, lines
 
 
 def flip(path):
@@ -66,8 +99,8 @@ TAMPER = {"weight": (lambda b: flip(next((b / "weights").iterdir())), "has chang
 def test_a_changed_bundle_is_refused_with_the_reason(copy, how):
     spoil, says = TAMPER[how]
     spoil(copy)
-    done = segnb("verify", copy, "--borrow", code=1)
-    assert says in done.stdout and "NOT verified" in done.stdout
+    report = verify_bundle(copy, borrow=True)
+    assert not report.ok and says in report.text() and "NOT verified" in report.text()
 
 
 def test_a_missing_image_is_named(made, copy, tmp_path):
@@ -82,16 +115,28 @@ def test_another_library_version_is_named(copy):
     requirements = copy / "requirements.txt"
     requirements.write_text("".join("numpy==1.0\n" if line.startswith("numpy==") else line for line in requirements.open()))
     manifest = json.loads((copy / "MANIFEST.json").read_text())
-    import hashlib
     manifest["files"]["requirements.txt"] = hashlib.sha256(requirements.read_bytes()).hexdigest()
     (copy / "MANIFEST.json").write_text(json.dumps(manifest))
     report = verify_bundle(copy, borrow=True)
     assert not report.ok and "numpy is" in report.text() and "requirements.txt has 1.0" in report.text()
 
 
-def test_limits_are_kept(made, tmp_path):
-    assert "MB allowed" in segnb("bundle", made / "run", "--out", tmp_path / "small", "--max-mb", 0.001, code=1).stderr
-    assert "is not empty" in segnb("bundle", made / "run", "--out", made / "run", code=2).stderr
+def test_limits_are_kept(made):
+    with pytest.raises(SegnbError, match="more than the 0.001 MB allowed. Largest: weights"): refuse_too_large(made / "bundle", 0.001)
+    with pytest.raises(SegnbError, match="more than the 0 allowed"): refuse_too_slow(json.loads((made / "bundle" / "MANIFEST.json").read_text()), 0, Run(made / "run").recipe)
+    with pytest.raises(RecipeError, match="is not empty"): bundle_run(made / "run", made / "run")
+
+
+def test_the_zip_is_the_bundle_and_always_the_same(copy):
+    first = pack_zip(copy).read_bytes()
+    assert pack_zip(copy).read_bytes() == first
+    with zipfile.ZipFile(copy.with_suffix(".zip")) as file: names = {name.removeprefix("bundle/") for name in file.namelist()}
+    assert names == {*json.loads((copy / "MANIFEST.json").read_text())["files"], "MANIFEST.json"}
+
+
+def test_the_command_says_what_is_wrong_and_ends_with_1(copy):
+    flip(next((copy / "weights").iterdir()))
+    assert "NOT verified: 1 problem." in segnb("verify", copy, "--borrow", code=1).stdout
 
 
 @pytest.mark.real
@@ -103,7 +148,8 @@ def test_both_notebooks_of_every_recipe(tmp_path_factory, recipe):
 
 
 @pytest.mark.real
-def test_one_notebook_instead_of_two(made, tmp_path):
-    segnb("bundle", made / "run", "--out", tmp_path / "one", "--single")
+def test_one_notebook_instead_of_two(tmp_path_factory, tmp_path):
+    folder = finished(tmp_path_factory, "demo", "--title", "Buildings", "--zip", "--max-mb", 500)
+    segnb("bundle", folder / "run", "--out", tmp_path / "one", "--single")
     report = verify_bundle(tmp_path / "one", borrow=True, train=True)
     assert report.ok and not (tmp_path / "one" / "train.ipynb").exists(), report.text()
