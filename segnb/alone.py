@@ -8,7 +8,7 @@ __all__ = ['TUPLES', 'Settings', 'as_setting', 'read_settings', 'version_differe
            'train_rows', 'DecodedPack', 'fit_job', 'retrain', 'use_threads', 'read_folds', 'keep_some',
            'compare_submission', 'mask_figure', 'curves_figure']
 
-# %% ../nbs/51_alone.ipynb #3f66ee84
+# %% ../nbs/51_alone.ipynb #591429b6
 import importlib.metadata
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -21,10 +21,9 @@ import yaml
 from safetensors.torch import load_file
 from tqdm import tqdm
 from .augment import recipe_augment
-from .combine import Decision
 from .data import FORMATS, Listing, add_sizes, describe, note_repeats, read_image
 from .engine import Job, Plan, Share, train_job
-from .ensemble import decided_mask
+from .ensemble import Decision, decided_mask
 from .figures import to_rgb
 from .files import DataError, SegnbError, atomic_path, parallel_map, read_json, sha256_file
 from .masks import unpack_labels
