@@ -184,7 +184,7 @@ class DecodedPack(Pack):
         stored = cut(np.load(self.path(i, "mask"), mmap_mode="r"), window)
         return stored if bits or stored.ndim == 2 else unpack_labels(stored, self.recipe.n_classes)
 
-# %% ../nbs/51_alone.ipynb #376aee79
+# %% ../nbs/51_alone.ipynb #2ddd5f73
 def fit_job(recipe: Recipe, samples: pd.DataFrame, pack: DecodedPack, folds: pd.DataFrame, member: dict,
             folder: Path,   # where weights and curve go
             workers: int,   # processes that prepare batches; the result does not depend on it
@@ -210,7 +210,7 @@ def retrain(recipe: Recipe, samples: pd.DataFrame, pack: DecodedPack, folds: pd.
         torch.set_num_threads(m["threads"])
         keeper = train_job(fit_job(recipe, samples, pack, folds, m, folder, workers))
         rows.append({"model": m["model"], "fold": m["fold"], "score": keeper.best, "score_of_the_run": m["score"],
-                     "same_weights": sha256_file(folder / "best.safetensors") == m["sha256"], "file": str(folder / "best.safetensors")})
+                     "same_weights": sha256_file(folder / "best.safetensors") == m["sha256"]})
     return pd.DataFrame(rows)
 
 # %% ../nbs/51_alone.ipynb #147a0d39
@@ -239,7 +239,7 @@ def compare_submission(bundle: str | Path, path: str | Path, n: int) -> str:
     return (f"{path}: {n} images, SHA-256 {found}. This is not the submission of the run, which has {made['images']} images and SHA-256 {made['sha256']}: "
             "other test images, or another kind of processor, give another file.")
 
-# %% ../nbs/51_alone.ipynb #c0213665
+# %% ../nbs/51_alone.ipynb #bb3ef27b
 def mask_figure(recipe: Recipe, samples: pd.DataFrame, masks: dict[str, np.ndarray]):
     "Test images under the masks that were written for them"
     rows = samples.set_index("image_id", drop=False)
@@ -261,6 +261,7 @@ def curves_figure(trained: pd.DataFrame, out: Path):
         curve = pd.read_csv(out / row.model / f"fold{row.fold}" / "metrics.csv")
         ax.plot(curve.epoch + 1, curve.score if "score" in curve else curve.loss, marker="o", ms=3, label=f"{row.model} fold {row.fold}")
     ax.set(xlabel="epoch", ylabel="validation score" if "score" in curve else "training loss")
+    ax.xaxis.get_major_locator().set_params(integer=True)
     ax.legend(fontsize=7)
     plt.close(figure)
     return figure

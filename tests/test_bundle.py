@@ -1,5 +1,6 @@
 """A bundle from run to proof: compiled, executed without segnb and without a network, and refused when anything in it has changed."""
 import hashlib, json, shutil, zipfile
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -10,29 +11,32 @@ from segnb.data import read_samples
 from segnb.engine import save_weights
 from segnb.ensemble import fits_of, no_scores, predict_test, read_decision
 from segnb.files import RecipeError, SegnbError, write_json
+from segnb.formats import submission_suffix
 from segnb.pipeline import Run, open_run, split_folds
 from segnb.sample import draw_sample
 from segnb.submit import make_submission
 from segnb.train import new_model
-from segnb.verify import verify_bundle
+from segnb.verify import Place, borrowed_environment, execute, namespace, prepare, verify_bundle
 
 
-def untrained(folder):
+def untrained(folder, recipe="demo"):
     "A run on a drawn sample whose networks were never trained: all that predicting needs, in a second"
     small = {"models": [{"name": "small", "arch": "Unet", "encoder": "mobilenet_v2", "precision": "fp32", "memory_format": "contiguous", "compile": False}],
-             "data.root": str(draw_sample("demo", folder / "data", train=6, test=4, size=64)), "augment.size": 64, "folds.n": 2, "predict.tta": ["hflip"]}
-    run = open_run("demo", folder / "run", small)
+             "data.root": str(draw_sample(recipe, folder / "data", train=6, test=4, size=64)), "augment.size": 64, "folds.n": 2, "encoder_weights": None}
+    run = open_run(recipe, folder / "run", small)
     read_samples(run.recipe).to_parquet(run.path("samples.parquet"), index=False)
     split_folds(run)
     for model, fold in [(model, k) for model, folds in fits_of(run).items() for k in folds]:
         place = run.path("models", model, f"fold{fold}")
         place.mkdir(parents=True)
         save_weights(new_model(run.recipe.model_copy(update={"seed": fold}), run.recipe.models[0], run.pack()), place / "best.safetensors")
-        write_json(place / "fit.json", {"model": run.recipe.models[0].model_dump(), "precision": "fp32", "memory_format": "contiguous", "in_channels": 3, "n_classes": 1, "score": 0.5,
+        write_json(place / "fit.json", {"model": run.recipe.models[0].model_dump(), "precision": "fp32", "memory_format": "contiguous", "in_channels": run.pack().n_channels, "n_classes": run.recipe.n_classes, "score": 0.5,
                                         "threads": torch.get_num_threads(), "device": "cpu", "seconds": 1.0, "processes": 1, "resumed": False})
-    write_json(run.path("ensemble.json"), {"weights": {"small": 1.0}, "thresholds": [0.5], "min_area": 4, "because": {}})
+    thresholds = [] if run.recipe.task == "multiclass" else [0.5] * run.recipe.n_classes
+    write_json(run.path("ensemble.json"), {"weights": {"small": 1.0}, "thresholds": thresholds, "min_area": 4, "because": {}})
     write_json(run.path("scores.json"), no_scores(run.recipe))
-    report, _ = make_submission(run.recipe, predict_test(run, read_decision(run)), run.path("submission.csv"), samples=run.samples())
+    path = run.path("submission" + submission_suffix(run.recipe))
+    report, _ = make_submission(run.recipe, predict_test(run, read_decision(run)), path, samples=run.samples())
     write_json(run.path("submission.json"), report)
     return run
 
@@ -121,6 +125,14 @@ def test_another_library_version_is_named(copy):
     assert not report.ok and "numpy is" in report.text() and "requirements.txt has 1.0" in report.text()
 
 
+def test_without_a_namespace_connections_are_refused(tmp_path):
+    place = Place(borrowed_environment(tmp_path / "env"), tmp_path / "work")
+    prepare(place)
+    for call in ("create_connection(('192.0.2.1', 9), 1)", "getaddrinfo('example.org', 80)"):
+        assert "no network while a bundle is verified" in place.run("-c", f"import socket; socket.{call}").stderr
+    assert place.run("-c", "import socket; s = socket.create_server(('127.0.0.1', 0)); socket.create_connection(s.getsockname())").returncode == 0
+
+
 def test_limits_are_kept(made):
     with pytest.raises(SegnbError, match="more than the 0.001 MB allowed. Largest: weights"): refuse_too_large(made / "bundle", 0.001)
     with pytest.raises(SegnbError, match="more than the 0 allowed"): refuse_too_slow(json.loads((made / "bundle" / "MANIFEST.json").read_text()), 0, Run(made / "run").recipe)
@@ -140,11 +152,34 @@ def test_the_command_says_what_is_wrong_and_ends_with_1(copy):
 
 
 @pytest.mark.real
+@pytest.mark.parametrize("recipe", ["trash", "indoor", "handbone", "wildfire"])
+def test_predict_of_every_format(tmp_path, recipe):
+    bundle_run(untrained(tmp_path, recipe).folder, tmp_path / "bundle")
+    report = verify_bundle(tmp_path / "bundle", borrow=True)
+    assert report.ok, report.text()
+
+
+@pytest.mark.real
 @pytest.mark.parametrize("recipe", ["demo", "satellite", "trash", "indoor", "handbone", "wildfire"])
 def test_both_notebooks_of_every_recipe(tmp_path_factory, recipe):
     folder = finished(tmp_path_factory, recipe)
     report = verify_bundle(folder / "bundle", borrow=True, train=True)
     assert report.ok, report.text()
+
+
+@pytest.mark.real
+def test_more_test_images_make_more_rows(made, tmp_path):
+    data, bundle = shutil.copytree(made / "data", tmp_path / "data"), (made / "bundle").resolve()
+    shutil.copy(next((data / "test_img").iterdir()), data / "test_img" / "NEW.png")
+    for name, row in (("test.csv", "NEW,./test_img/NEW.png\n"), ("sample_submission.csv", "NEW,-1\n")):
+        with open(data / name, "a") as file: file.write(row)
+    for gone in ("train.csv", "train_img"): (shutil.rmtree if (data / gone).is_dir() else Path.unlink)(data / gone)   # predicting needs no training files
+    place = Place(borrowed_environment(tmp_path / "env"), tmp_path / "work", namespace())
+    prepare(place)
+    failed, _ = execute(place, bundle / "predict.ipynb", {"data_root": data, "bundle": bundle, "output": tmp_path / "submission.csv"})
+    assert not failed, failed
+    ids = [line.split(",")[0] for line in (tmp_path / "submission.csv").read_text().splitlines()]
+    assert len(ids) == 6 and ids[-1] == "NEW"
 
 
 @pytest.mark.real
