@@ -80,7 +80,7 @@ def recipe_choices(recipe: Recipe) -> list[Choice]:
         elif isinstance(value, str): yield Choice(value, allowed if value in allowed else ())
     return list(dict.fromkeys(c for key in type(recipe).model_fields if key not in UNCHOSEN for c in visit(getattr(recipe, key))))
 
-# %% ../nbs/51_bundle.ipynb #5c7602d0
+# %% ../nbs/51_bundle.ipynb #39f3bb84
 def notebook_texts(path: Path) -> tuple[dict, dict[str, str]]:  # room, title and sentence; cell id -> markdown above it
     "What a notebook says about itself and its exported cells"
     cells, above, texts, room = json.loads(path.read_text("utf8"))["cells"], [], {}, {}
@@ -88,7 +88,9 @@ def notebook_texts(path: Path) -> tuple[dict, dict[str, str]]:  # room, title an
     for cell in cells[1:]:
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown": above = [*above, source] if above and above[-1] is not None else [source]
-        elif source.startswith("#| default_exp"): room = {"room": source.split()[2], "title": title[0].lstrip("# "), "sentence": " ".join(t.lstrip("> ") for t in title[1:] if t.startswith(">"))}
+        elif source.startswith("#| default_exp"):
+            said = " ".join(line.lstrip("> ") for line in title[1:] if line.startswith(">"))
+            room = {"room": source.split()[2], "title": title[0].lstrip("# "), "sentence": said}
         else:
             if source.startswith("#| export") and above and above[0] is not None: texts[cell["id"]] = "\n\n".join(above)
             above = []
@@ -110,7 +112,7 @@ def adapted(markdown: str) -> str:
     text = re.sub(r"\[([^\]]+)\]\([^)]+\)", r"\1", markdown)
     return re.sub(r"(?m)^(#+) ", lambda m: "#" * min(6, len(m[1]) + 2) + " ", text).strip()
 
-# %% ../nbs/51_bundle.ipynb #c3cd9424
+# %% ../nbs/51_bundle.ipynb #bcd39eec
 PREDICT = """
 Settings are read, the versions of all libraries are compared with those of the run, and the rows are made from the files that are there.
 ---
@@ -137,6 +139,7 @@ print(compare_submission(bundle, output, len(rows)))
 mask_figure(recipe, rows, shown)
 """
 
+# %% ../nbs/51_bundle.ipynb #56da20f5
 TRAIN = """
 Settings, versions, and one row for each training image.
 ---
@@ -162,6 +165,7 @@ How the scores came about.
 curves_figure(trained, Path(trained_folder))
 """
 
+# %% ../nbs/51_bundle.ipynb #29004858
 AGAIN = """
 ---
 ## Training again
@@ -177,6 +181,7 @@ if train_again:
 TEMPLATES = {"predict": PREDICT, "train": TRAIN, "solution": PREDICT + AGAIN.lstrip("\n")}
 SIDES = {"predict": ["test"], "train": ["train"], "solution": ["test", "train"]}   # of the data
 
+# %% ../nbs/51_bundle.ipynb #7ab5f46f
 def run_cells(template: str) -> list[tuple[str, str]]:  # (markdown or code, source)
     "The cells of a run half: text and code in turn"
     return [("code" if n % 2 else "markdown", part.strip()) for n, part in enumerate(template.strip().split("\n---\n"))]
@@ -226,8 +231,9 @@ def import_cell(flat: Flat) -> str:
     quiet = 'import os\nos.environ |= {"HF_HUB_OFFLINE": "1", "NO_ALBUMENTATIONS_UPDATE": "1"}   # no library asks the network for anything\n\n'
     return quiet + "\n".join(line for line in flat.imports if line != "import os")
 
-# %% ../nbs/51_bundle.ipynb #b4c4773d
-LAYOUTS = {"rle_csv": "Tables of image paths; training masks as run lengths in the table.", "coco": "COCO JSON with polygons.", "index_png": "A mask PNG beside each training image, paired by name.",
+# %% ../nbs/51_bundle.ipynb #07c8c396
+LAYOUTS = {"rle_csv": "Tables of image paths; training masks as run lengths in the table.", "coco": "COCO JSON with polygons.",
+           "index_png": "A mask PNG beside each training image, paired by name.",
            "polygon_json": "A JSON of labelled polygons for each training image.", "tiff": "Multi-band TIFF images and masks."}
 
 def layout_text(recipe: Recipe, side: str) -> str:  # side: train or test
@@ -369,7 +375,7 @@ def measure(bundle: Path, data_root: Path, most: int = 12) -> dict:
     return {"images": len(few), "pixels": int((few.height * few.width).sum()), "largest": int(max(h * w for h, w in sizes)), "seconds": round(time.perf_counter() - began, 3),
             "start_seconds": round(began - started, 3), "peak_bytes": peak}
 
-# %% ../nbs/51_bundle.ipynb #9c24a4e2
+# %% ../nbs/51_bundle.ipynb #1405849b
 def environment_text(run: Run, side: str) -> str:
     "Versions and hardware as the reader sees them"
     made, machine = read_json(run.path("environment.json")), hardware(run)
@@ -386,15 +392,18 @@ def score_text(scores: dict) -> str:
     folds = [s for s in card["folds"].values() if s is not None]
     return f"Out-of-fold {metric['name']} of the ensemble: {card['score']:.4f}" + (f" (folds {min(folds):.4f} to {max(folds):.4f})" if len(folds) > 1 else "") + "."
 
+# %% ../nbs/51_bundle.ipynb #e30f9186
 def intro_text(run: Run, members: list[dict], side: str) -> str:
     "What a notebook does, in a paragraph and a table"
     recipe, models = run.recipe, {m.name: m for m in run.recipe.models}
     does = ("From the organiser's test images and the weights beside this notebook to the submission." if side == "test" else
             "From the organiser's training images to the weights beside this notebook, on the saved folds and with the saved seeds.")
-    rows = [f"| {name} | {m.arch} / {m.encoder} | {sum(x['model'] == name for x in members)} | {sum(x['share'] for x in members if x['model'] == name):.3g} |" for name, m in models.items() if any(x["model"] == name for x in members)]
+    fits = {name: [x["share"] for x in members if x["model"] == name] for name in models}
+    rows = [f"| {name} | {models[name].arch} / {models[name].encoder} | {len(own)} | {sum(own):.3g} |" for name, own in fits.items() if own]
     classes = ", ".join(recipe.classes[:12]) + (f" and {len(recipe.classes) - 12} more" if len(recipe.classes) > 12 else "")
     return "\n".join([f"{does} A {recipe.task} task: {classes}. {score_text(read_json(run.path('scores.json')))}", "", "| model | network | fits | share |", "|---|---|---|---|", *rows])
 
+# %% ../nbs/51_bundle.ipynb #66252bcc
 def readme_text(title: str, run: Run, members: list[dict]) -> str:
     "README.md of a bundle"
     scores = read_json(run.path("scores.json"))
@@ -418,7 +427,7 @@ The same to the bit: with these versions, on the same kind of processor ({hardwa
 number of threads is set to the run's. Elsewhere, on a GPU or with other versions, last digits differ: masks differ at a few borders, and retrained networks score {near}.
 """
 
-# %% ../nbs/51_bundle.ipynb #3335fff2
+# %% ../nbs/51_bundle.ipynb #f6d4dc81
 def make_notebooks(run: Run, recipe: Recipe, members: list[dict], title: str, data_path: str, names: Iterable[str]) -> dict[str, nbformat.NotebookNode]:
     "The notebooks of `names`, compiled"
     suffix, made = submissions(run)[0].suffix, {}
@@ -428,6 +437,7 @@ def make_notebooks(run: Run, recipe: Recipe, members: list[dict], title: str, da
                               parameters_cell(name, data_path, suffix), flat, TEMPLATES[name])
     return made
 
+# %% ../nbs/51_bundle.ipynb #f65dfc1f
 def submissions(run: Run) -> list[Path]:
     "The submission of a run"
     found = [p for p in sorted(run.folder.glob("submission.*")) if p.suffix not in (".json", ".png")]
@@ -439,6 +449,7 @@ def import_lines_of(made: Iterable[nbformat.NotebookNode]) -> list[str]:
     cells = [c.source for nb in made for c in nb.cells if c.cell_type == "code"]
     return sorted({line for source in cells for line in source.splitlines() if re.match(r"(import|from) \w", line)})
 
+# %% ../nbs/51_bundle.ipynb #aa9540f2
 def bundle_run(folder: str | Path,            # of a finished run
                out: str | Path,               # new folder
                *, title: str = "",
@@ -462,6 +473,7 @@ def bundle_run(folder: str | Path,            # of a finished run
     write_text(out / "README.md", readme_text(title, run, members))
     return write_manifest(run, out, title, members, submission, made)
 
+# %% ../nbs/51_bundle.ipynb #abae2e59
 def copy_file(source: Path, target: Path): write_bytes(target, source.read_bytes())
 
 def write_manifest(run: Run, out: Path, title: str, members: list[dict], submission: Path, made: dict) -> dict:
@@ -478,7 +490,7 @@ def write_manifest(run: Run, out: Path, title: str, members: list[dict], submiss
     write_json(out / ".origin.json", {"run": str(run.folder), "data": str(run.recipe.data.root)})   # where verify finds the data on this machine; no part of the bundle
     return read_json(out / "MANIFEST.json")
 
-# %% ../nbs/51_bundle.ipynb #19e2b5a0
+# %% ../nbs/51_bundle.ipynb #db746971
 def sizes(out: Path) -> dict[str, int]:  # name -> bytes
     "Files of a bundle, largest first"
     found = {p.relative_to(out).as_posix(): p.stat().st_size for p in out.rglob("*") if p.is_file() and not p.name.startswith(".")}
@@ -500,6 +512,7 @@ def refuse_too_slow(manifest: dict, limit: float, recipe: Recipe):  # minutes
         raise SegnbError(f"predict.ipynb takes about {minutes:.1f} minutes for {manifest['submission']['images']} images here, more than the {limit:g} allowed. "
                          f"Use fewer models ({len(manifest['members'])} now), fewer flips in predict.tta ({', '.join(recipe.predict.tta) or 'none'} now), or smaller images.")
 
+# %% ../nbs/51_bundle.ipynb #317120df
 def pack_zip(out: Path) -> Path:
     "The bundle as a zip beside it; the same bundle makes the same bytes"
     path = out.with_suffix(".zip")
@@ -510,6 +523,7 @@ def pack_zip(out: Path) -> Path:
             file.writestr(entry, p.read_bytes())
     return path
 
+# %% ../nbs/51_bundle.ipynb #78bf9a6c
 def add_wheels(out: Path):
     "The wheels of requirements.txt, for machines without a network"
     import subprocess

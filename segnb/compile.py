@@ -535,7 +535,7 @@ def _unit(self, ref: Ref, who: str) -> Unit:
 
 Needed.means, Needed.unit = _means, _unit
 
-# %% ../nbs/51_compile.ipynb #9a347c53
+# %% ../nbs/51_compile.ipynb #85b25110
 def stored_into(node: ast.AST) -> set[str]:
     "Names whose items a function sets: what a decorator registers into"
     targets = [t for n in ast.walk(node) if isinstance(n, ast.Assign) for t in n.targets]
@@ -552,6 +552,7 @@ def added_to(unit: Unit, means: Callable, registrars: Mapping[Ref, set[Ref]]) ->
     callees = [c.func if isinstance(c, ast.Call) else c for c in calls]
     return {r for c in callees if isinstance(c, ast.Name) for r in registrars.get(own(c), ())}
 
+# %% ../nbs/51_compile.ipynb #943cf5d0
 def plain_texts(node: ast.AST) -> set[str]:
     "Texts in code: no keys of dicts, no docstrings, no annotations"
     skip = {id(k) for n in ast.walk(node) if isinstance(n, ast.Dict) for k in n.keys}
@@ -560,6 +561,7 @@ def plain_texts(node: ast.AST) -> set[str]:
         for part in (getattr(n, "annotation", None), getattr(n, "returns", None)): skip |= {id(k) for k in ast.walk(part)} if isinstance(part, ast.AST) else set()
     return {n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str) and id(n) not in skip}
 
+# %% ../nbs/51_compile.ipynb #f6d18eec
 def _additions(self):
     "Name -> the statements that add to it"
     units = [u for us in self.package.rooms.values() for u in us]
@@ -602,7 +604,7 @@ def _wanted(self, ref):
 
 Needed.keys_of, Needed.own_keys, Needed.wanted = _keys_of, staticmethod(own_keys), _wanted
 
-# %% ../nbs/51_compile.ipynb #7144604f
+# %% ../nbs/51_compile.ipynb #fefa8bc2
 def _targets(self, unit):
     "The registries that a unit is or adds to"
     return [(unit.room, n) for n in unit.names] + self.adds.get(unit, [])
@@ -619,6 +621,9 @@ def _joins(self, unit):
         return bool(names & self.said) or any(self.called_from_outside(self.package.defined[r]) for r in self.targets(unit) if r in self.package.defined)
     return True
 
+Needed.targets, Needed.joins = _targets, _joins
+
+# %% ../nbs/51_compile.ipynb #eeb0c5df
 def _called_from_outside(self, unit):
     "Does a class have a base of another package, or a class that is made from it?"
     return self.has_outside_base(unit) or (unit.room, unit.names[0]) in self.mixed_in
@@ -636,6 +641,10 @@ def _has_outside_base(self, unit):
         if outside: return True
     return False
 
+Needed.called_from_outside, Needed.has_outside_base, Needed.mixed_in = _called_from_outside, _has_outside_base, cached_property(_mixed_in)
+Needed.mixed_in.__set_name__(Needed, "mixed_in")
+
+# %% ../nbs/51_compile.ipynb #205f49cb
 def _view(self, unit):
     if isinstance(unit.node, ast.ClassDef):
         text = unit.text if self.called_from_outside(unit) else slim_class(unit.text, self.said)
@@ -648,9 +657,7 @@ def _view(self, unit):
         if registry in self.targets(unit): text = slim_records(text, fields_of(self.package.defined[record].node), self.read_fields(record))
     return text
 
-Needed.targets, Needed.joins, Needed.called_from_outside, Needed.view = _targets, _joins, _called_from_outside, _view
-Needed.has_outside_base, Needed.mixed_in = _has_outside_base, cached_property(_mixed_in)
-Needed.mixed_in.__set_name__(Needed, "mixed_in")
+Needed.view = _view
 
 # %% ../nbs/51_compile.ipynb #a82d743f
 def record_reads(text: str,
@@ -704,7 +711,7 @@ def _records(self):
 Needed.record_of, Needed.records = _record_of, cached_property(_records)
 Needed.records.__set_name__(Needed, "records")
 
-# %% ../nbs/51_compile.ipynb #89d5a603
+# %% ../nbs/51_compile.ipynb #0e337926
 def _read_fields(self, record):
     "Fields of a record that kept code reads"
     registry, fields, found = self.records[record], fields_of(self.package.defined[record].node), set()
@@ -718,6 +725,7 @@ def _read_fields(self, record):
         if any(holder in text for holder in holders): found |= {n.attr for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Attribute) and (dotted(n.value) or [""])[-1] in holders}
     return [f for f in fields if f in found]
 
+# %% ../nbs/51_compile.ipynb #f21fdee7
 def slim_records(text: str, fields: list[str], read: list[str]) -> str:
     "A registry whose records have the fields of `read` only"
     cuts = []
@@ -809,7 +817,7 @@ def _binding_places(text, tree, name):
         return [(at, at + len(name.encode()))]
     return [span_of(text, n) for n in ast.walk(top) if isinstance(n, ast.Name) and n.id == name and isinstance(n.ctx, ast.Store)]
 
-# %% ../nbs/51_compile.ipynb #e2994143
+# %% ../nbs/51_compile.ipynb #19ea5545
 def room_order(package: Package) -> list[str]:
     "Rooms, each after those it imports at its top"
     found, waiting = [], list(package.sources)
@@ -820,6 +828,7 @@ def room_order(package: Package) -> list[str]:
         found.append(ready); waiting.remove(ready)
     return found
 
+# %% ../nbs/51_compile.ipynb #79477762
 def flatten(needed: Needed, taken: Iterable[str] = ()) -> Flat:  # taken: names that the notebook uses for itself
     "The needed definitions as cells, under names that cannot be mistaken"
     rooms = {room: n for n, room in enumerate(room_order(needed.package))}
@@ -835,6 +844,7 @@ def flatten(needed: Needed, taken: Iterable[str] = ()) -> Flat:  # taken: names 
     refuse_own_name(needed.package.name, "\n".join(cells.values()))
     return Flat(lines, [(room, cell, code) for (room, cell), code in cells.items()], names)
 
+# %% ../nbs/51_compile.ipynb #f7c16c46
 def import_lines(found: Iterable[tuple[Outside, str]]) -> list[str]:
     "Imports, one line a module"
     modules, names = set(), {}

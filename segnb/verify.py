@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from .files import RecipeError, SegnbError, inside, read_json, sha256_file, write_text
 
-# %% ../nbs/53_verify.ipynb #b0e700e4
+# %% ../nbs/53_verify.ipynb #6d7ecdf0
 def file_problems(bundle: Path, manifest: dict) -> list[str]:
     "Files of the bundle that are missing, changed or new"
     found = []
@@ -23,7 +23,8 @@ def file_problems(bundle: Path, manifest: dict) -> list[str]:
         if not path.is_file(): found.append(f"{name} is missing from the bundle")
         elif sha256_file(path) != digest: found.append(f"{name} has changed since the bundle was made: its SHA-256 is {sha256_file(path)[:16]}…, MANIFEST.json has {digest[:16]}…")
     there = {p.relative_to(bundle).as_posix() for p in bundle.rglob("*") if p.is_file() and not any(part.startswith(".") for part in p.relative_to(bundle).parts)}
-    return found + [f"{name} is in the bundle, and MANIFEST.json does not know it" for name in sorted(there - {*manifest["files"], "MANIFEST.json"}) if not name.startswith(("wheels/", "data/"))]
+    new = sorted(name for name in there - {*manifest["files"], "MANIFEST.json"} if not name.startswith(("wheels/", "data/")))
+    return found + [f"{name} is in the bundle, and MANIFEST.json does not know it" for name in new]
 
 def data_problems(root: Path, known: dict[str, str]) -> list[str]:  # known: name -> first digits of its sha256
     "Files of the data that are missing or changed"
@@ -34,7 +35,7 @@ def data_problems(root: Path, known: dict[str, str]) -> list[str]:  # known: nam
         elif not sha256_file(path).startswith(digest): found.append(f"data: {name} is not the file that the run saw")
     return found
 
-# %% ../nbs/53_verify.ipynb #28278dba
+# %% ../nbs/53_verify.ipynb #55a5c974
 GUARD = '''"""Refuses segnb, and where asked every connection that leaves this machine."""
 import os, sys
 
@@ -58,6 +59,7 @@ if os.environ.get("SEGNB_VERIFY_SOCKETS") == "refuse":
     socket.getaddrinfo = refuse_name
 '''
 
+# %% ../nbs/53_verify.ipynb #625379cf
 def borrowed_environment(folder: Path) -> Path:  # its interpreter
     "A virtual environment that sees the libraries of this one, and no segnb"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True, capture_output=True)
@@ -66,6 +68,7 @@ def borrowed_environment(folder: Path) -> Path:  # its interpreter
     write_text(own / "borrowed.pth", "\n".join(paths) + "\n")   # paths in a .pth bring no .pth of their own: an editable segnb stays out
     return next(p for p in (folder / "bin" / "python", folder / "Scripts" / "python.exe") if p.exists())
 
+# %% ../nbs/53_verify.ipynb #cfc27671
 def new_environment(folder: Path, bundle: Path) -> Path:
     "A virtual environment with requirements.txt, from the bundle's wheels where it has them"
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True, capture_output=True)
@@ -90,7 +93,7 @@ def namespace() -> list[str]:  # what to put before a command; []: the system do
     tried = subprocess.run([*prefix, sys.executable, "-c", "import socket; s = socket.create_server(('127.0.0.1', 0)); socket.create_connection(s.getsockname())"], capture_output=True)
     return prefix if tried.returncode == 0 else []
 
-# %% ../nbs/53_verify.ipynb #a3583c94
+# %% ../nbs/53_verify.ipynb #508a4fac
 @dataclass
 class Place:
     "Where notebooks are executed"
@@ -110,6 +113,7 @@ class Place:
         "This place's Python"
         return subprocess.run([*self.prefix, str(self.python), *map(str, arguments)], capture_output=True, text=True, env=self.environment, cwd=self.folder)
 
+# %% ../nbs/53_verify.ipynb #f5f616d5
 def prepare(place: Place):
     "`SegnbError` unless segnb cannot be imported in `place`"
     place.guard = place.folder / "guard"
@@ -125,6 +129,7 @@ def version_problems(place: Place, requirements: str) -> list[str]:
     return [f"{line.split('==')[0]} is {version or 'not installed'} where the bundle is verified, requirements.txt has {line.split('==')[1]}" for line, version in found.items()
             if version != line.split("==")[1]]
 
+# %% ../nbs/53_verify.ipynb #c97d89cc
 def execute(place: Place, notebook: Path, parameters: dict) -> tuple[str, float]:  # why it failed or "", seconds
     "Run a notebook in `place`; the executed one is kept there"
     given = [word for key, value in parameters.items() for word in ("-p", key, str(value))]
@@ -164,7 +169,7 @@ def data_root(bundle: Path, given: Path | None) -> Path:
     if root is None or not Path(root).is_dir(): raise RecipeError(f"The data of the run is not here{f' ({root})' if root else ''}: name its folder with --data, or put it into {bundle / 'data'}.")
     return Path(root).resolve()
 
-# %% ../nbs/53_verify.ipynb #23a3d645
+# %% ../nbs/53_verify.ipynb #b6c51bfa
 def verify_bundle(bundle: str | Path, *, data: Path | None = None,
                   train: bool = False,             # train again, too
                   python: Path | None = None,      # an interpreter that has the libraries
@@ -190,6 +195,7 @@ def verify_bundle(bundle: str | Path, *, data: Path | None = None,
         if keep: shutil.copytree(place.folder, keep, dirs_exist_ok=True, ignore=shutil.ignore_patterns("home", "guard", "decoded"))
     return report
 
+# %% ../nbs/53_verify.ipynb #a9521119
 def run_predict(report: Report, place: Place, bundle: Path, root: Path, manifest: dict):
     "Execute predict.ipynb and compare the submission"
     wanted, output = manifest["submission"], place.folder / manifest["submission"]["file"]
@@ -200,6 +206,7 @@ def run_predict(report: Report, place: Place, bundle: Path, root: Path, manifest
     report.look(f"{notebook['file']} makes the submission of the run byte for byte ({wanted['images']} images, {wanted['bytes']} bytes, {seconds:.0f} s)",
                 [] if same else [f"{wanted['file']} differs from the run's: SHA-256 {sha256_file(output)[:16] if output.is_file() else 'none'}…, the run has {wanted['sha256'][:16]}…"])
 
+# %% ../nbs/53_verify.ipynb #78ffc1d3
 def run_train(report: Report, place: Place, bundle: Path, root: Path, manifest: dict):
     "Execute train.ipynb and compare weights and scores"
     out = place.folder / "trained"

@@ -3,13 +3,14 @@ import hashlib, json, shutil, zipfile
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 import torch
 from conftest import TINY, segnb, settings
 from segnb.bundle import bundle_run, pack_zip, refuse_too_large, refuse_too_slow
 from segnb.data import read_samples
 from segnb.engine import save_weights
-from segnb.ensemble import fits_of, no_scores, predict_test, read_decision
+from segnb.ensemble import fits_of, no_scores, predict_test, predictor_of, read_decision
 from segnb.files import RecipeError, SegnbError, write_json
 from segnb.formats import submission_suffix
 from segnb.pipeline import Run, open_run, split_folds
@@ -23,6 +24,7 @@ def untrained(folder, recipe="demo"):
     "A run on a drawn sample whose networks were never trained: all that predicting needs, in a second"
     small = {"models": [{"name": "small", "arch": "Unet", "encoder": "mobilenet_v2", "precision": "fp32", "memory_format": "contiguous", "compile": False}],
              "data.root": str(draw_sample(recipe, folder / "data", train=6, test=4, size=64)), "augment.size": 64, "folds.n": 2, "encoder_weights": None}
+    if recipe == "handbone": small |= {"predict.size": None, "submit.size": None}   # 29 labels of 2048 x 2048 take minutes
     run = open_run(recipe, folder / "run", small)
     read_samples(run.recipe).to_parquet(run.path("samples.parquet"), index=False)
     split_folds(run)
@@ -32,7 +34,8 @@ def untrained(folder, recipe="demo"):
         save_weights(new_model(run.recipe.model_copy(update={"seed": fold}), run.recipe.models[0], run.pack()), place / "best.safetensors")
         write_json(place / "fit.json", {"model": run.recipe.models[0].model_dump(), "precision": "fp32", "memory_format": "contiguous", "in_channels": run.pack().n_channels, "n_classes": run.recipe.n_classes, "score": 0.5,
                                         "threads": torch.get_num_threads(), "device": "cpu", "seconds": 1.0, "processes": 1, "resumed": False})
-    thresholds = [] if run.recipe.task == "multiclass" else [0.5] * run.recipe.n_classes
+    probs = predictor_of(run, {("small", 0): 1.0}, 64 * 64)([run.pack().image(0)])[0]
+    thresholds = [] if run.recipe.task == "multiclass" else [float(np.median(plane)) for plane in probs]   # so that masks are neither empty nor full
     write_json(run.path("ensemble.json"), {"weights": {"small": 1.0}, "thresholds": thresholds, "min_area": 4, "because": {}})
     write_json(run.path("scores.json"), no_scores(run.recipe))
     path = run.path("submission" + submission_suffix(run.recipe))
