@@ -8,15 +8,16 @@ __all__ = ['OPTIONS', 'UNCHOSEN', 'PREDICT', 'TRAIN', 'AGAIN', 'TEMPLATES', 'SID
            'run_cells', 'names_in', 'package_of', 'compiled', 'cell', 'component_cells', 'import_cell', 'layout_text',
            'first_lines', 'parameters_cell', 'notebook', 'code_lines', 'lines_with_code', 'distributions_for',
            'refuse_other_versions', 'installed_version', 'members_of', 'start_weights', 'bundle_recipe', 'hardware',
-           'data_hashes', 'measure', 'environment_text', 'score_text', 'intro_text', 'readme_text', 'make_notebooks',
-           'submissions', 'import_lines_of', 'bundle_run', 'copy_file', 'write_manifest', 'sizes', 'refuse_too_large',
-           'refuse_too_slow', 'pack_zip', 'add_wheels']
+           'data_hashes', 'measure', 'peak_bytes', 'environment_text', 'score_text', 'intro_text', 'readme_text',
+           'make_notebooks', 'submissions', 'import_lines_of', 'bundle_run', 'copy_file', 'write_manifest', 'sizes',
+           'refuse_too_large', 'refuse_too_slow', 'pack_zip', 'add_wheels']
 
-# %% ../nbs/51_bundle.ipynb #94b4645e
-import ast, importlib.metadata, io, json, re, resource, sys, time, tokenize, zipfile
+# %% ../nbs/51_bundle.ipynb #45c83332
+import ast, importlib.metadata, io, json, re, sys, time, tokenize, zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 import nbformat
+import psutil
 import yaml
 from .alone import Settings, load_ensemble, read_ensemble, read_settings, test_masks, test_rows
 from .compile import GIVEN, Choice, Facts, Flat, Needed, Package, flatten
@@ -317,11 +318,13 @@ def installed_version(name: str) -> str | None:
     try: return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError: return None
 
-# %% ../nbs/51_bundle.ipynb #57f1e05a
+# %% ../nbs/51_bundle.ipynb #8d2bcc5a
 def members_of(run: Run) -> list[dict]:
     "The networks of the ensemble and what is known of each"
-    found = []
-    for (model, fold), share in shares_of(run, read_decision(run)).items():
+    found, decision, own = [], read_decision(run), {m.name for m in run.recipe.models}
+    if others := [name for name, weight in decision.weights.items() if weight and name not in own]:
+        raise RecipeError(f"The ensemble in {run.folder} has members that are no models of its recipe ({', '.join(others)}): a bundle holds one run. Leave them out of ensemble, or bundle their own run.")
+    for (model, fold), share in shares_of(run, decision).items():
         made = read_json(run.path("models", model, f"fold{fold}", "fit.json"))
         path = run.path("models", model, f"fold{fold}", "best.safetensors")
         known = {key: made[key] for key in ("precision", "memory_format", "in_channels", "score", "threads", "device", "seconds", "processes", "resumed")}
@@ -345,7 +348,7 @@ def bundle_recipe(run: Run, starts: dict[str, Path]) -> Recipe:
     plain = {"encoder_weights": None, "track": ["csv"], "timed": {}, "tune": type(run.recipe.tune)()}
     return run.recipe.model_copy(update={"models": models, "data": data, "folds": folds, **plain})
 
-# %% ../nbs/51_bundle.ipynb #6553286c
+# %% ../nbs/51_bundle.ipynb #c2eda00b
 def hardware(run: Run) -> dict:
     "What the run was made on"
     made = read_json(run.path("environment.json"))
@@ -362,6 +365,7 @@ def data_hashes(run: Run) -> dict[str, dict[str, str]]:  # train and test: name 
             if side_of(name) in (side, ""): found[side][name] = digest[:16]
     return found
 
+# %% ../nbs/51_bundle.ipynb #1803c7e9
 def measure(bundle: Path, data_root: Path, most: int = 12) -> dict:
     "Seconds and memory of predicting a few test images with the bundle's files, in this process"
     recipe, started = read_settings(bundle, data_root), time.perf_counter()
@@ -371,9 +375,14 @@ def measure(bundle: Path, data_root: Path, most: int = 12) -> dict:
     few = rows.iloc[:most]
     for _ in test_masks(recipe, predictor, decision, few.iloc[:1]): began = time.perf_counter()   # the first image warms up
     for _ in test_masks(recipe, predictor, decision, few): pass
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return {"images": len(few), "pixels": int((few.height * few.width).sum()), "largest": int(max(h * w for h, w in sizes)), "seconds": round(time.perf_counter() - began, 3),
-            "start_seconds": round(began - started, 3), "peak_bytes": peak}
+            "start_seconds": round(began - started, 3), "peak_bytes": peak_bytes()}
+
+def peak_bytes() -> int:
+    "The most memory that this process has had"
+    try: import resource
+    except ImportError: return psutil.Process().memory_info().peak_wset   # Windows
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 # %% ../nbs/51_bundle.ipynb #1405849b
 def environment_text(run: Run, side: str) -> str:

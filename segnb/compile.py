@@ -227,7 +227,7 @@ def scope_of(function: ast.AST, facts: Facts, owner: str = "") -> Scope:  # owne
             elif not chain and (found := settle(value, scope.look)) is not UNKNOWN: scope.values[name.id] = found
     return scope
 
-# %% ../nbs/51_compile.ipynb #14a3df3e
+# %% ../nbs/51_compile.ipynb #ea7aee41
 def folded(text: str, facts: Facts) -> str:
     "`text` without what cannot happen"
     while change := next(_folds(text, ast.parse(text).body, Scope(facts), facts), None): text = edited(text, [change])
@@ -238,6 +238,8 @@ def _folds(text, body, scope, facts, owner=""):
     for k, node in enumerate(body):
         if isinstance(node, ast.If) and (holds := truth(node.test, scope.look)) is not UNKNOWN: yield _branch(text, node, holds, alone=len(body) == 1)
         if isinstance(node, (ast.Return, ast.Raise, ast.Continue, ast.Break)) and k + 1 < len(body): yield _lines(text, body[k + 1], body[-1]), ""
+        last = node.body[-1] if isinstance(node, FUNCTIONS[:2]) and len(node.body) > 1 else None
+        if isinstance(last, ast.Return) and last.value is None: yield _lines(text, last, last), ""
         inner = scope_of(node, facts, owner) if isinstance(node, FUNCTIONS) else scope
         inside = f"{node.name}." if isinstance(node, ast.ClassDef) else ""
         for part in ("body", "orelse", "finalbody"): yield from _folds(text, getattr(node, part, []), inner, facts, inside)
@@ -275,7 +277,7 @@ def _else_line(text, node):
     lines = text.splitlines()
     return next(n for n in range(node.orelse[0].lineno, 0, -1) if lines[n - 1].lstrip().startswith("else"))
 
-# %% ../nbs/51_compile.ipynb #9813894b
+# %% ../nbs/51_compile.ipynb #c4b899c0
 LOOSE = (ast.BoolOp, ast.IfExp, ast.Lambda, ast.NamedExpr)   # bind less than `and`
 
 def _expressions(text, statement, scope):
@@ -284,10 +286,17 @@ def _expressions(text, statement, scope):
     while todo:
         node = todo.pop(0)
         if isinstance(node, ast.IfExp) and (holds := truth(node.test, scope.look)) is not UNKNOWN:
-            yield span_of(text, node), segment(text, node.body if holds else node.orelse)
+            yield _bare(text, span_of(text, node), chosen := node.body if holds else node.orelse), segment(text, chosen)
         if isinstance(node, ast.BoolOp) and (first := settle(node.values[0], scope.look)) is not UNKNOWN:
             yield span_of(text, node), _without_first(text, node, first)
         if not isinstance(node, ast.JoinedStr): todo += [n for n in ast.iter_child_nodes(node) if not isinstance(n, ast.stmt)]
+
+def _bare(text, span, chosen):
+    "The stretch that `chosen` replaces: the brackets around it too, where they held nothing but the condition together"
+    (start, end), data = span, text.encode()
+    atom = isinstance(chosen, (ast.Name, ast.Constant, ast.Attribute, ast.Call, ast.Subscript, ast.List, ast.Dict))
+    lone = data[start - 1:start] == b"(" and data[end:end + 1] == b")" and not re.search(rb"[\w)\]]$", data[:start - 1])
+    return (start - 1, end + 1) if atom and lone else span
 
 def _without_first(text, node, first):
     "`and`, `or` whose first part is known"
