@@ -1,7 +1,7 @@
-"""Packaging, read from settings.ini; the wheel also carries the stage notebooks, so `segnb run` works without a clone."""
+"""Packaging, read from settings.ini; the wheel also carries the notebooks: `segnb run` executes those of the stages, `segnb bundle` reads explanations in all."""
 from configparser import ConfigParser
 from pathlib import Path
-import shutil
+import json, re
 
 from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
@@ -13,13 +13,17 @@ cfg = config["DEFAULT"]
 
 
 class BuildWithNotebooks(build_py):
-    "Put the stage notebooks (`10_…` to `60_…`) into the package as it is built"
+    "Put the notebooks into the package as it is built; what those of the library show stays behind"
     def run(self):
         super().run()
         if self.editable_mode: return
         target = Path(self.build_lib) / "segnb" / "notebooks"
         target.mkdir(parents=True, exist_ok=True)
-        for notebook in sorted((here / "nbs").glob("[1-6]0_*.ipynb")): shutil.copy(notebook, target)
+        for notebook in sorted((here / "nbs").glob("[0-9]*.ipynb")):
+            content = json.loads(notebook.read_text("utf8"))
+            if not re.match("[1-6]0_", notebook.name):
+                for cell in content["cells"]: cell.update({"outputs": []} if cell["cell_type"] == "code" else {})
+            (target / notebook.name).write_text(json.dumps(content, indent=1, ensure_ascii=False, sort_keys=True) + "\n", "utf8")
 
 
 setup(

@@ -6,8 +6,8 @@
 __all__ = ['FULL', 'KEPT', 'app', 'RecipeName', 'Settings', 'AsJson', 'Jobs', 'UNTOLD', 'BENCHMARKS', 'exit_code', 'paragraph',
            'Options', 'one_paragraph', 'options', 'command', 'main', 'overrides', 'recipes', 'sample', 'check',
            'prove_choices', 'weight_paths', 'run', 'fit', 'score', 'validate', 'vote', 'sweep', 'tune', 'finished_run',
-           'mask_files', 'load_ensemble', 'predict_image', 'check_bands', 'predict', 'refuse_same_names', 'leaves',
-           'differing', 'run_folders', 'fit_scores', 'standing', 'board', 'leaderboard', 'bench']
+           'mask_files', 'load_ensemble', 'predict_image', 'check_bands', 'predict', 'refuse_same_names', 'bundle',
+           'verify', 'leaves', 'differing', 'run_folders', 'fit_scores', 'standing', 'board', 'leaderboard', 'bench']
 
 # %% ../nbs/90_cli.ipynb #2552e914
 import errno, functools, json, re, shutil, sys, traceback
@@ -326,6 +326,41 @@ def refuse_same_names(images: list[Path]):
     for path in images:
         if path.stem in first: raise RecipeError(f"{first[path.stem]} and {path} would both be written to {path.stem}.png: predict them into different folders.")
         first[path.stem] = path
+
+# %% ../nbs/90_cli.ipynb #c28e0b8f
+@command
+def bundle(run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
+           out: Annotated[Path, typer.Option(metavar="DIR", help="New folder for the notebooks and what they need.")],
+           title: Annotated[str, typer.Option(help="Title of the notebooks; the recipe's name, if none is given.")] = "",
+           data_path: Annotated[str, typer.Option(metavar="PATH", help="What the notebooks take for the organiser's folder.")] = "data",
+           single: Annotated[bool, typer.Option("--single", help="One notebook, solution.ipynb, instead of two.")] = False,
+           wheels: Annotated[bool, typer.Option("--wheels", help="Add the wheels of all libraries, for machines without a network.")] = False,
+           max_mb: Annotated[Optional[float], typer.Option(metavar="MB", help="Largest bundle the organiser takes.")] = None,
+           max_minutes: Annotated[Optional[float], typer.Option(metavar="MIN", help="Longest prediction the organiser allows.")] = None,
+           zip_: Annotated[bool, typer.Option("--zip", help="Pack it into DIR.zip, too.")] = False):
+    "Stand-alone notebooks of a run, with its weights and versions: what the organiser executes again."
+    found = finished_run(run, "ensemble.json")
+    from segnb.bundle import add_wheels, bundle_run, pack_zip, refuse_too_large, refuse_too_slow
+    manifest = bundle_run(found.folder, out, title=title, data_path=data_path, single=single)
+    if wheels: add_wheels(out)
+    if max_mb is not None: refuse_too_large(out, max_mb)
+    if max_minutes is not None: refuse_too_slow(manifest, max_minutes, found.recipe)
+    if zip_: print(f"{pack_zip(out)} is packed")
+    print(", ".join(f"{name}: {lines} lines of code" for name, lines in manifest["code_lines"].items()) + f"; next: segnb verify {out}")
+
+# %% ../nbs/90_cli.ipynb #41e6e67f
+@command
+def verify(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A bundle.")],
+           train: Annotated[bool, typer.Option("--train", help="Train all networks again, too.")] = False,
+           data: Annotated[Optional[Path], typer.Option(metavar="DIR", help="The organiser's folder; where the run found it, if none is given.")] = None,
+           python: Annotated[Optional[Path], typer.Option(metavar="PATH", help="An interpreter that has the libraries, instead of a new environment.")] = None,
+           borrow: Annotated[bool, typer.Option("--borrow", help="Use the libraries installed here (not segnb), instead of installing them anew.")] = False,
+           keep: Annotated[Optional[Path], typer.Option(metavar="DIR", help="Keep the executed notebooks and what they made.")] = None):
+    "Execute a bundle without segnb and without a network, and compare every byte. Exit code 1 where something differs."
+    from segnb.verify import verify_bundle
+    report = verify_bundle(folder, data=data, train=train, python=python, borrow=borrow, keep=keep)
+    print(report.text())
+    if not report.ok: raise typer.Exit(1)
 
 # %% ../nbs/90_cli.ipynb #f9d01a29
 def leaves(value, name: str = "") -> dict:  # dotted key -> plain value

@@ -7,11 +7,12 @@ __all__ = ['FINDINGS', 'PICTURES', 'CUT_SHORT', 'WHOLE', 'SAMPLE_HEADERS', 'FORM
            'describe', 'nfc', 'natural_key', 'decode_text', 'read_bytes', 'read_table', 'read_json_file', 'find_file',
            'list_files', 'file_key', 'pair_files', 'turn', 'Header', 'is_tiff', 'tiff_layout', 'read_header',
            'decode_image', 'read_image_file', 'palette_meaning', 'decode_mask', 'check_classes', 'Listing',
-           'note_unlisted', 'note_repeats', 'list_rle_csv', 'order_as_sample', 'rle_mask', 'Coco', 'read_coco',
-           'load_coco', 'class_values', 'value_of', 'list_coco', 'note_unknown', 'fit_mask', 'paint', 'coco_mask',
-           'draw_entry', 'list_pairs', 'list_folder', 'list_index_png', 'file_mask', 'list_polygon_json', 'read_labels',
-           'polygon_mask', 'beyond', 'list_tiff', 'list_tiff_table', 'follow_sample', 'Format', 'list_samples',
-           'add_sizes', 'read_samples', 'as_dict', 'read_image', 'read_mask']
+           'note_unlisted', 'note_repeats', 'train_rle_csv', 'test_rle_csv', 'order_as_sample', 'rle_mask', 'Coco',
+           'read_coco', 'load_coco', 'class_values', 'value_of', 'train_coco', 'test_coco', 'note_unknown', 'fit_mask',
+           'paint', 'coco_mask', 'draw_entry', 'list_pairs', 'list_folder', 'train_index_png', 'test_index_png',
+           'file_mask', 'train_polygon_json', 'test_polygon_json', 'read_labels', 'polygon_mask', 'beyond',
+           'train_tiff', 'test_tiff', 'list_tiff_table', 'follow_sample', 'Format', 'list_samples', 'add_sizes',
+           'read_samples', 'as_dict', 'read_image', 'read_mask']
 
 # %% ../nbs/02_data.ipynb #07d0d223
 import io, json, logging, math, os, re, threading, unicodedata
@@ -479,7 +480,7 @@ def note_repeats(listing: Listing):
         first = met.setdefault((row["split"], nfc(row["image_id"])), row)
         if first is not row: listing.wrong("duplicate-id", row["image"], f"its id '{row['image_id']}' is also that of {first['image']}", row["row"])
 
-# %% ../nbs/02_data.ipynb #91faed43
+# %% ../nbs/02_data.ipynb #da4b9c8a
 FINDINGS |= {
     "rle-broken": Kind("error", "a run-length mask cannot be decoded", "Correct the row, set data.order and data.base as the organiser counts, or leave the image out with data.exclude"),
     "sample-submission": Kind("error", "sample_submission disagrees with the test files", "Fetch both from the organiser again: the submission must have exactly its rows"),
@@ -487,14 +488,18 @@ FINDINGS |= {
     "sample-order": Kind("note", "sample_submission has another order than the test files", "Nothing: segnb submits in the order of sample_submission"),
 }
 
-def list_rle_csv(listing: Listing):
-    "Rows of `train.csv` and `test.csv`"
+def train_rle_csv(listing: Listing):
+    "Rows of `train.csv`"
     d = listing.data
-    for split, file, columns in (("train", d.train, [d.id_column, d.image_column, d.mask_column]), ("test", d.test, [d.id_column, d.image_column])):
-        table = read_table(listing.root / file, columns)
-        masks = table[d.mask_column] if split == "train" else [None] * len(table)
-        for row, (name, path, mask) in enumerate(zip(table[d.id_column], table[d.image_column], masks), 2):
-            listing.add_named(split, name, path, mask, file, row)
+    table = read_table(listing.root / d.train, [d.id_column, d.image_column, d.mask_column])
+    for row, (name, path, mask) in enumerate(zip(table[d.id_column], table[d.image_column], table[d.mask_column]), 2):
+        listing.add_named("train", name, path, mask, d.train, row)
+
+def test_rle_csv(listing: Listing):
+    "Rows of `test.csv`"
+    d = listing.data
+    table = read_table(listing.root / d.test, [d.id_column, d.image_column])
+    for row, (name, path) in enumerate(zip(table[d.id_column], table[d.image_column]), 2): listing.add_named("test", name, path, None, d.test, row)
     if (listing.root / d.sample_submission).is_file(): order_as_sample(listing, list(table[d.id_column]), f"the test table {d.test}", d.id_column)
     else: listing.wrong("sample-missing", d.sample_submission, "it is not there")
     note_unlisted(listing, {os.path.dirname(path) for path in listing.seen})
@@ -583,14 +588,18 @@ def value_of(name: str, recipe: Recipe, file: str) -> int:
     if nfc(name).strip() not in values: raise Fault("class-unknown", file, nearest(name, recipe.classes, "Class").rstrip("."))
     return values[nfc(name).strip()]
 
-# %% ../nbs/02_data.ipynb #75ccc403
-def list_coco(listing: Listing):
-    "Rows of the train and test JSONs"
-    for split, file in [*(("train", file) for file in listing.data.train), ("test", listing.data.test)]:
+# %% ../nbs/02_data.ipynb #029b0692
+def train_coco(listing: Listing):
+    "Rows of the train JSONs"
+    for file in listing.data.train:
         coco = load_coco(listing.root / file)
-        if split == "train": note_unknown(listing, coco, file)
-        for row, image in enumerate(coco.images, 1):
-            listing.add_named(split, image["file_name"], image["file_name"], file if split == "train" else None, file, row)
+        note_unknown(listing, coco, file)
+        for row, image in enumerate(coco.images, 1): listing.add_named("train", image["file_name"], image["file_name"], file, file, row)
+
+def test_coco(listing: Listing):
+    "Rows of the test JSON"
+    file = listing.data.test
+    for row, image in enumerate(load_coco(listing.root / file).images, 1): listing.add_named("test", image["file_name"], image["file_name"], None, file, row)
     note_unlisted(listing, {os.path.dirname(path) for path in listing.seen})
 
 def note_unknown(listing: Listing, coco: Coco, file: str):
@@ -657,10 +666,13 @@ def list_folder(listing: Listing, folder: str, name: Callable = lambda path: os.
     for path in sorted(list_files(listing.root / folder), key=order):
         listing.add("test", nfc(name(path)), f"{folder}/{path}", None, os.path.dirname(path))
 
-# %% ../nbs/02_data.ipynb #6eb6d919
-def list_index_png(listing: Listing):
-    "Rows of the train and test folders; an id is the path without its suffix"
+# %% ../nbs/02_data.ipynb #508a6945
+def train_index_png(listing: Listing):
+    "Rows of the train folders; an id is the path without its suffix"
     list_pairs(listing, listing.data.train_images, listing.data.train_masks)
+
+def test_index_png(listing: Listing):
+    "Rows of the test folder"
     list_folder(listing, listing.data.test_images)
 
 def file_mask(recipe: Recipe, row: dict) -> np.ndarray:
@@ -670,10 +682,13 @@ def file_mask(recipe: Recipe, row: dict) -> np.ndarray:
                        palette=getattr(recipe.data, "palette", None))
     return fit_mask(mask, recipe, row, row["mask"])
 
-# %% ../nbs/02_data.ipynb #a1707fae
-def list_polygon_json(listing: Listing):
-    "Rows of the image folders; an id is the file's name without its folder"
+# %% ../nbs/02_data.ipynb #444ac7e5
+def train_polygon_json(listing: Listing):
+    "Rows of the train folders; an id is the file's name without its folder"
     list_pairs(listing, listing.data.train_images, listing.data.train_labels, kinds=(".json",), name=os.path.basename)
+
+def test_polygon_json(listing: Listing):
+    "Rows of the test folder"
     list_folder(listing, listing.data.test_images, os.path.basename)
 
 def read_labels(path: Path, name: str) -> list[tuple[str, np.ndarray]]:
@@ -696,12 +711,16 @@ def beyond(labels: list[tuple[str, np.ndarray]], shape: tuple[int, int]) -> bool
     "Whether a point lies more than a pixel outside an image of `shape`"
     return any((points.max(0, initial=0) > (shape[1] + 1, shape[0] + 1)).any() or points.min(initial=0) < -1 for _, points in labels)
 
-# %% ../nbs/02_data.ipynb #f3039ae0
-def list_tiff(listing: Listing):
-    "Rows of the tables, or else of the folders; an id is the file's name"
+# %% ../nbs/02_data.ipynb #33ca4a38
+def train_tiff(listing: Listing):
+    "Rows of the train table, or else of the folders; an id is the file's name"
     d = listing.data
     if (listing.root / d.train_table).is_file(): list_tiff_table(listing, "train", d.train_table, d.train_images, d.train_masks)
     else: list_pairs(listing, d.train_images, d.train_masks, (d.image_prefix, d.mask_prefix), name=os.path.basename, order=natural_key)
+
+def test_tiff(listing: Listing):
+    "Rows of the test table, or else of the folder"
+    d = listing.data
     if (listing.root / d.test_table).is_file(): list_tiff_table(listing, "test", d.test_table, d.test_images)
     else: list_folder(listing, d.test_images, os.path.basename, natural_key)
 
@@ -728,22 +747,23 @@ def follow_sample(listing: Listing):
     if there != header: return listing.wrong("sample-header", file, f"its header is '{','.join(there)}', that of the submission is '{','.join(header)}'", 1)
     order_as_sample(listing, [row["image_id"] for row in listing.rows if row["split"] == "test"], "the test files", header[0], kind == "label_rle_csv")
 
-# %% ../nbs/02_data.ipynb #4c371bf4
+# %% ../nbs/02_data.ipynb #c06354ff
 class Format(NamedTuple):
     "One raw layout"
-    list_rows: Callable   # (Listing) adds train rows, then test rows in the order of the submission
+    list_train: Callable  # (Listing) adds train rows
+    list_test: Callable   # (Listing) adds test rows in the order of the submission; train rows need not be there
     read_mask: Callable   # (recipe, row) -> (H, W) uint8 indices, or (H, W, C) 0/1
     tasks: tuple[str, ...]  # what its masks can hold
 
 FORMATS = {
-    "rle_csv": Format(list_rle_csv, rle_mask, ("binary",)),
-    "coco": Format(list_coco, coco_mask, ("binary", "multiclass", "multilabel")),
-    "index_png": Format(list_index_png, file_mask, ("binary", "multiclass")),
-    "polygon_json": Format(list_polygon_json, polygon_mask, ("binary", "multiclass", "multilabel")),
-    "tiff": Format(list_tiff, file_mask, ("binary", "multiclass")),
+    "rle_csv": Format(train_rle_csv, test_rle_csv, rle_mask, ("binary",)),
+    "coco": Format(train_coco, test_coco, coco_mask, ("binary", "multiclass", "multilabel")),
+    "index_png": Format(train_index_png, test_index_png, file_mask, ("binary", "multiclass")),
+    "polygon_json": Format(train_polygon_json, test_polygon_json, polygon_mask, ("binary", "multiclass", "multilabel")),
+    "tiff": Format(train_tiff, test_tiff, file_mask, ("binary", "multiclass")),
 }
 
-# %% ../nbs/02_data.ipynb #755ac8c0
+# %% ../nbs/02_data.ipynb #83b8d734
 def list_samples(recipe: Recipe, workers: int = 4) -> Listing:
     "Rows with sizes, and everything that is wrong with them that one can see without decoding"
     layout = FORMATS[recipe.data.format]
@@ -751,7 +771,8 @@ def list_samples(recipe: Recipe, workers: int = 4) -> Listing:
         raise RecipeError(f"data.format {recipe.data.format} holds {' or '.join(layout.tasks)} masks, and the task is {recipe.task}: correct one of the two.")
     if not recipe.data.root.is_dir(): raise Fault("missing-folder", recipe.data.root, "there is no such folder")
     listing = Listing(recipe)
-    layout.list_rows(listing)
+    layout.list_train(listing)
+    layout.list_test(listing)
     follow_sample(listing)
     note_repeats(listing)
     for split in ("train", "test"):

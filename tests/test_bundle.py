@@ -1,0 +1,193 @@
+"""A bundle from run to proof: compiled, executed without segnb and without a network, and refused when anything in it has changed."""
+import hashlib, json, shutil, zipfile
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, segnb, settings
+from segnb.bundle import bundle_run, pack_zip, refuse_too_large, refuse_too_slow
+from segnb.data import read_samples
+from segnb.engine import save_weights
+from segnb.ensemble import fits_of, no_scores, predict_test, predictor_of, read_decision
+from segnb.files import RecipeError, SegnbError, write_json
+from segnb.formats import submission_suffix
+from segnb.pipeline import Run, open_run, split_folds
+from segnb.sample import draw_sample
+from segnb.submit import make_submission
+from segnb.train import new_model
+from segnb.verify import Place, borrowed_environment, execute, namespace, prepare, verify_bundle
+
+
+def untrained(folder, recipe="demo"):
+    "A run on a drawn sample whose networks were never trained: all that predicting needs, in a second"
+    small = {"models": [{"name": "small", "arch": "Unet", "encoder": "mobilenet_v2", "precision": "fp32", "memory_format": "contiguous", "compile": False}],
+             "data.root": str(draw_sample(recipe, folder / "data", train=6, test=4, size=64)), "augment.size": 64, "folds.n": 2, "encoder_weights": None}
+    if recipe == "handbone": small |= {"predict.size": None, "submit.size": None}   # 29 labels of 2048 x 2048 take minutes
+    run = open_run(recipe, folder / "run", small)
+    read_samples(run.recipe).to_parquet(run.path("samples.parquet"), index=False)
+    split_folds(run)
+    for model, fold in [(model, k) for model, folds in fits_of(run).items() for k in folds]:
+        place = run.path("models", model, f"fold{fold}")
+        place.mkdir(parents=True)
+        save_weights(new_model(run.recipe.model_copy(update={"seed": fold}), run.recipe.models[0], run.pack()), place / "best.safetensors")
+        write_json(place / "fit.json", {"model": run.recipe.models[0].model_dump(), "precision": "fp32", "memory_format": "contiguous", "in_channels": run.pack().n_channels, "n_classes": run.recipe.n_classes, "score": 0.5,
+                                        "threads": torch.get_num_threads(), "device": "cpu", "seconds": 1.0, "processes": 1, "resumed": False})
+    probs = predictor_of(run, {("small", 0): 1.0}, 64 * 64)([run.pack().image(0)])[0]
+    thresholds = [] if run.recipe.task == "multiclass" else [float(np.median(plane)) for plane in probs]   # so that masks are neither empty nor full
+    write_json(run.path("ensemble.json"), {"weights": {"small": 1.0}, "thresholds": thresholds, "min_area": 4, "because": {}})
+    write_json(run.path("scores.json"), no_scores(run.recipe))
+    path = run.path("submission" + submission_suffix(run.recipe))
+    report, _ = make_submission(run.recipe, predict_test(run, read_decision(run)), path, samples=run.samples())
+    write_json(run.path("submission.json"), report)
+    return run
+
+
+def finished(tmp_path_factory, recipe, *options):
+    "A finished run on a drawn sample, and its bundle"
+    folder = tmp_path_factory.mktemp(f"bundle_{recipe}")
+    segnb("sample", recipe, folder / "data", "--train", 6, "--test", 4, "--size", 64)
+    small = TINY | {"data.root": folder / "data", "folds.n": 2}
+    segnb("run", recipe, "--out", folder / "run", *settings(**small), timeout=1200)
+    segnb("bundle", folder / "run", "--out", folder / "bundle", *options)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    "A bundle, its run and its data"
+    folder = tmp_path_factory.mktemp("bundle")
+    bundle_run(untrained(folder).folder, folder / "bundle", title="Buildings")
+    return folder
+
+
+@pytest.fixture
+def copy(made, tmp_path):
+    "A bundle to spoil"
+    return shutil.copytree(made / "bundle", tmp_path / "bundle")
+
+
+def code_of(path): return "\n".join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == "code")
+
+
+def test_predict_makes_the_same_bytes_elsewhere(made):
+    report = verify_bundle(made / "bundle", borrow=True, keep=made / "kept")
+    assert report.ok, report.text()
+    assert (made / "kept" / "submission.csv").read_bytes() == (made / "run" / "submission.csv").read_bytes()
+    assert any("byte for byte" in line for line in report.checked) and any("segnb cannot be imported" in line for line in report.checked)
+
+
+def test_notebooks_hold_what_the_run_used_and_nothing_else(made):
+    for name in ("predict", "train"):
+        code = code_of(made / "bundle" / f"{name}.ipynb")
+        compile(code, name, "exec")
+        assert "import segnb" not in code and "from segnb" not in code
+        for other in ("PolygonJson", "ClassTable", "FCN8s", "lovasz", "papermill", "wandb", "def polygons_to_mask"): assert other not in code, (name, other)
+    assert "focal" not in code_of(made / "bundle" / "predict.ipynb") and "def focal_dice_loss" in code_of(made / "bundle" / "train.ipynb")
+    lines = json.loads((made / "bundle" / "MANIFEST.json").read_text())["code_lines"]
+    assert lines["predict"] < 1500, lines
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+TAMPER = {"weight": (lambda b: flip(next((b / "weights").iterdir())), "has changed since the bundle was made"),
+          "threshold": (lambda b: (b / "ensemble.json").write_text((b / "ensemble.json").read_text().replace('"thresholds": [\n  0', '"thresholds": [\n  1')), "ensemble.json has changed"),
+          "notebook": (lambda b: flip(b / "predict.ipynb"), "predict.ipynb has changed"),
+          "missing": (lambda b: (b / "recipe.yaml").unlink(), "recipe.yaml is missing"),
+          "extra": (lambda b: (b / "extra.py").write_text("1"), "extra.py is in the bundle, and MANIFEST.json does not know it")}
+
+
+@pytest.mark.parametrize("how", TAMPER)
+def test_a_changed_bundle_is_refused_with_the_reason(copy, how):
+    spoil, says = TAMPER[how]
+    spoil(copy)
+    report = verify_bundle(copy, borrow=True)
+    assert not report.ok and says in report.text() and "NOT verified" in report.text()
+
+
+def test_a_missing_image_is_named(made, copy, tmp_path):
+    data = shutil.copytree(made / "data", tmp_path / "data")
+    gone = next((data / "test_img").iterdir())
+    gone.unlink()
+    report = verify_bundle(copy, data=data, borrow=True)
+    assert not report.ok and gone.name in report.text() and "is missing" in report.text()
+
+
+def test_another_library_version_is_named(copy):
+    requirements = copy / "requirements.txt"
+    requirements.write_text("".join("numpy==1.0\n" if line.startswith("numpy==") else line for line in requirements.open()))
+    manifest = json.loads((copy / "MANIFEST.json").read_text())
+    manifest["files"]["requirements.txt"] = hashlib.sha256(requirements.read_bytes()).hexdigest()
+    (copy / "MANIFEST.json").write_text(json.dumps(manifest))
+    report = verify_bundle(copy, borrow=True)
+    assert not report.ok and "numpy is" in report.text() and "requirements.txt has 1.0" in report.text()
+
+
+def test_without_a_namespace_connections_are_refused(tmp_path):
+    place = Place(borrowed_environment(tmp_path / "env"), tmp_path / "work")
+    prepare(place)
+    for call in ("create_connection(('192.0.2.1', 9), 1)", "getaddrinfo('example.org', 80)"):
+        assert "no network while a bundle is verified" in place.run("-c", f"import socket; socket.{call}").stderr
+    assert place.run("-c", "import socket; s = socket.create_server(('127.0.0.1', 0)); socket.create_connection(s.getsockname())").returncode == 0
+
+
+def test_limits_are_kept(made):
+    with pytest.raises(SegnbError, match="more than the 0.001 MB allowed. Largest: weights"): refuse_too_large(made / "bundle", 0.001)
+    with pytest.raises(SegnbError, match="more than the 0 allowed"): refuse_too_slow(json.loads((made / "bundle" / "MANIFEST.json").read_text()), 0, Run(made / "run").recipe)
+    with pytest.raises(RecipeError, match="is not empty"): bundle_run(made / "run", made / "run")
+
+
+def test_the_zip_is_the_bundle_and_always_the_same(copy):
+    first = pack_zip(copy).read_bytes()
+    assert pack_zip(copy).read_bytes() == first
+    with zipfile.ZipFile(copy.with_suffix(".zip")) as file: names = {name.removeprefix("bundle/") for name in file.namelist()}
+    assert names == {*json.loads((copy / "MANIFEST.json").read_text())["files"], "MANIFEST.json"}
+
+
+def test_the_command_says_what_is_wrong_and_ends_with_1(copy):
+    flip(next((copy / "weights").iterdir()))
+    assert "NOT verified: 1 problem." in segnb("verify", copy, "--borrow", code=1).stdout
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("recipe", ["trash", "indoor", "handbone", "wildfire"])
+def test_predict_of_every_format(tmp_path, recipe):
+    bundle_run(untrained(tmp_path, recipe).folder, tmp_path / "bundle")
+    report = verify_bundle(tmp_path / "bundle", borrow=True)
+    assert report.ok, report.text()
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("recipe", ["demo", "satellite", "trash", "indoor", "handbone", "wildfire"])
+def test_both_notebooks_of_every_recipe(tmp_path_factory, recipe):
+    folder = finished(tmp_path_factory, recipe)
+    report = verify_bundle(folder / "bundle", borrow=True, train=True)
+    assert report.ok, report.text()
+
+
+@pytest.mark.real
+def test_more_test_images_make_more_rows(made, tmp_path):
+    data, bundle = shutil.copytree(made / "data", tmp_path / "data"), (made / "bundle").resolve()
+    shutil.copy(next((data / "test_img").iterdir()), data / "test_img" / "NEW.png")
+    for name, row in (("test.csv", "NEW,./test_img/NEW.png\n"), ("sample_submission.csv", "NEW,-1\n")):
+        with open(data / name, "a") as file: file.write(row)
+    for gone in ("train.csv", "train_img"): (shutil.rmtree if (data / gone).is_dir() else Path.unlink)(data / gone)   # predicting needs no training files
+    place = Place(borrowed_environment(tmp_path / "env"), tmp_path / "work", namespace())
+    prepare(place)
+    failed, _ = execute(place, bundle / "predict.ipynb", {"data_root": data, "bundle": bundle, "output": tmp_path / "submission.csv"})
+    assert not failed, failed
+    ids = [line.split(",")[0] for line in (tmp_path / "submission.csv").read_text().splitlines()]
+    assert len(ids) == 6 and ids[-1] == "NEW"
+
+
+@pytest.mark.real
+def test_one_notebook_instead_of_two(tmp_path_factory, tmp_path):
+    folder = finished(tmp_path_factory, "demo", "--title", "Buildings", "--zip", "--max-mb", 500)
+    segnb("bundle", folder / "run", "--out", tmp_path / "one", "--single")
+    report = verify_bundle(tmp_path / "one", borrow=True, train=True)
+    assert report.ok and not (tmp_path / "one" / "train.ipynb").exists(), report.text()
