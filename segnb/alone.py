@@ -8,7 +8,7 @@ __all__ = ['TUPLES', 'Settings', 'as_setting', 'read_settings', 'version_differe
            'train_rows', 'DecodedPack', 'fit_job', 'retrain', 'use_threads', 'read_folds', 'keep_some',
            'compare_submission', 'mask_figure', 'curves_figure']
 
-# %% ../nbs/51_alone.ipynb #591429b6
+# %% ../nbs/51_alone.ipynb #9769ebd6
 import importlib.metadata
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -21,9 +21,11 @@ import yaml
 from safetensors.torch import load_file
 from tqdm import tqdm
 from .augment import recipe_augment
-from .data import FORMATS, Listing, add_sizes, describe, note_repeats, read_image
+from .crf import refined
+from .data import FORMATS, Listing, add_sizes, describe, follow_sample, note_repeats, read_image
 from .engine import Job, Plan, Share, train_job
-from .ensemble import Decision, decided_mask
+from .decide import Decision
+from .ensemble import decided_mask
 from .figures import to_rgb
 from .files import DataError, SegnbError, atomic_path, parallel_map, read_json, sha256_file
 from .masks import unpack_labels
@@ -92,11 +94,12 @@ def check_file(bundle: str | Path, name: str) -> Path:
     if sha256_file(path) != known[name]: raise SegnbError(f"{name} is not the file that the run left: its SHA-256 differs from the one in MANIFEST.json.")
     return path
 
-# %% ../nbs/51_alone.ipynb #f9c7351a
+# %% ../nbs/51_alone.ipynb #953c0f0c
 def test_rows(recipe: Recipe) -> pd.DataFrame:  # image_id, split, image, height, width, …
     "One row a test image, in the order of the submission"
     listing = Listing(recipe)
     FORMATS[recipe.data.format].list_test(listing)
+    follow_sample(listing)
     note_repeats(listing)
     add_sizes(listing)
     errors = [found for found in listing.findings if found["severity"] == "error"]
@@ -104,7 +107,7 @@ def test_rows(recipe: Recipe) -> pd.DataFrame:  # image_id, split, image, height
     if not listing.rows: raise DataError(f"There are no test images below {recipe.data.root}: set data_root to the organiser's folder.")
     return pd.DataFrame(listing.rows)
 
-# %% ../nbs/51_alone.ipynb #b9f7395a
+# %% ../nbs/51_alone.ipynb #68c45354
 def load_network(recipe: Recipe, bundle: str | Path, member: dict) -> SegModel:
     "The network of one fit, with its weights"
     entry = next(m for m in recipe.models if m.name == member["model"])
@@ -116,14 +119,14 @@ def load_network(recipe: Recipe, bundle: str | Path, member: dict) -> SegModel:
 def load_ensemble(recipe: Recipe, bundle: str | Path,
                   samples: pd.DataFrame,   # the test rows: batches are made for the largest
                  ) -> Predictor:
-    "All members as one; a batch of results stays below 512 MB"
+    "All members as one; a batch of results takes a quarter of `ensemble.max_ram` at most"
     members, pixels = read_json(Path(bundle) / "MANIFEST.json")["members"], int((samples.height * samples.width).max())
-    together = max(1, min(recipe.predict.batch_size, 2**27 // (pixels * recipe.n_classes)))
-    return Predictor([load_network(recipe, bundle, m) for m in members], recipe.predict.model_copy(update={"batch_size": together}),
+    together = max(1, min(recipe.predict.batch_size, int(recipe.ensemble.max_ram * 2**26) // (pixels * recipe.n_classes)))
+    return Predictor([load_network(recipe, bundle, m) for m in members], recipe.predict, together=together,
                      task=recipe.task, classes=recipe.classes, weights=[m["share"] for m in members], device=best_device(),
                      precision=[m["precision"] for m in members], memory_format=[m["memory_format"] for m in members])
 
-# %% ../nbs/51_alone.ipynb #2c09e8f9
+# %% ../nbs/51_alone.ipynb #de79f995
 def read_ensemble(bundle: str | Path) -> Decision:
     "What the run decided"
     return Decision(**read_json(check_file(bundle, "ensemble.json")))
@@ -132,7 +135,7 @@ def test_masks(recipe: Recipe, predictor: Predictor, decision: Decision, samples
     "(image id, mask) of every test image, in order"
     rows = samples.to_dict("records")
     read = lambda i: read_image(recipe, rows[i])
-    for i, image, probs in predict_stream(predictor, read, range(len(rows))): yield rows[i]["image_id"], decided_mask(probs, decision, recipe)
+    for i, image, probs in predict_stream(predictor, read, range(len(rows))): yield rows[i]["image_id"], decided_mask(refined(probs, image, recipe), decision, recipe)
 
 # %% ../nbs/51_alone.ipynb #5be5b3fa
 def forecast(measured: dict,                            # images, pixels, seconds, start_seconds, peak_bytes of a measured prediction

@@ -7,12 +7,12 @@ __all__ = ['OPTIONS', 'UNCHOSEN', 'PREDICT', 'TRAIN', 'AGAIN', 'TEMPLATES', 'SID
            'bundle_facts', 'train_facts', 'literals', 'recipe_choices', 'notebook_texts', 'explanations', 'adapted',
            'run_cells', 'names_in', 'package_of', 'compiled', 'cell', 'component_cells', 'import_cell', 'layout_text',
            'first_lines', 'parameters_cell', 'notebook', 'code_lines', 'lines_with_code', 'distributions_for',
-           'refuse_other_versions', 'installed_version', 'members_of', 'start_weights', 'bundle_recipe', 'hardware',
-           'data_hashes', 'measure', 'peak_bytes', 'environment_text', 'score_text', 'intro_text', 'readme_text',
-           'make_notebooks', 'submissions', 'import_lines_of', 'bundle_run', 'copy_file', 'write_manifest', 'sizes',
-           'refuse_too_large', 'refuse_too_slow', 'pack_zip', 'add_wheels']
+           'refuse_other_versions', 'installed_version', 'refuse_other_ways', 'members_of', 'start_weights',
+           'bundle_recipe', 'hardware', 'data_hashes', 'measure', 'peak_bytes', 'environment_text', 'score_text',
+           'intro_text', 'readme_text', 'make_notebooks', 'submissions', 'import_lines_of', 'bundle_run', 'copy_file',
+           'write_manifest', 'sizes', 'refuse_too_large', 'refuse_too_slow', 'pack_zip', 'add_wheels']
 
-# %% ../nbs/51_bundle.ipynb #45c83332
+# %% ../nbs/51_bundle.ipynb #663555da
 import ast, importlib.metadata, io, json, re, sys, time, tokenize, zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -21,7 +21,8 @@ import psutil
 import yaml
 from .alone import Settings, load_ensemble, read_ensemble, read_settings, test_masks, test_rows
 from .compile import GIVEN, Choice, Facts, Flat, Needed, Package, flatten
-from .ensemble import read_decision, shares_of
+from .decide import Decision
+from .ensemble import one_mean, read_decision, shares_of
 from .files import RecipeError, SegnbError, read_json, sha256_file, write_bytes, write_json, write_text
 from .pipeline import STAGES, Run, package_folder, raw_hashes, read_manifest, sides, stage_tasks
 from .recipe import Recipe, Section, weights_file
@@ -318,12 +319,23 @@ def installed_version(name: str) -> str | None:
     try: return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError: return None
 
-# %% ../nbs/51_bundle.ipynb #8d2bcc5a
+# %% ../nbs/51_bundle.ipynb #084fba97
+def refuse_other_ways(run: Run, decision: Decision):
+    "`RecipeError` where the test masks are not the weighted mean of the networks as they were fitted"
+    if not one_mean(decision):
+        raise RecipeError(f"The ensemble in {run.folder} votes or weighs each class by itself (ensemble.method {run.recipe.ensemble.method}), and a bundle holds a weighted mean: choose "
+                          "ensemble.method mean, weighted or greedy.")
+    path = run.path("test_masks", "way.json")
+    if path.exists() and (way := read_json(path)["way"]) != "as fitted":
+        raise RecipeError(f"The test masks in {run.folder} were predicted a faster way ({way}), and a bundle predicts as the networks were fitted: "
+                          f"segnb run {run.folder}/recipe.yaml --out {run.folder} --from ensemble --set predict.fast=false, then bundle.")
+
 def members_of(run: Run) -> list[dict]:
     "The networks of the ensemble and what is known of each"
     found, decision, own = [], read_decision(run), {m.name for m in run.recipe.models}
     if others := [name for name, weight in decision.weights.items() if weight and name not in own]:
         raise RecipeError(f"The ensemble in {run.folder} has members that are no models of its recipe ({', '.join(others)}): a bundle holds one run. Leave them out of ensemble, or bundle their own run.")
+    refuse_other_ways(run, decision)
     for (model, fold), share in shares_of(run, decision).items():
         made = read_json(run.path("models", model, f"fold{fold}", "fit.json"))
         path = run.path("models", model, f"fold{fold}", "best.safetensors")

@@ -58,12 +58,12 @@ class View(NamedTuple):
         values = self.symmetry.undo(values)
         return values[:, list(swap)] if swap and self.symmetry.mirror else values
 
-# %% ../nbs/31_views.ipynb #c23c2a24
+# %% ../nbs/31_views.ipynb #30d0cf5c
 def build_views(tta: Sequence[str],                # of `SYMMETRIES`
                 scales: Sequence[float] = (1.0,),
                ) -> list[View]:                    # the picture as it is, at the first scale, comes first
     "Every symmetry at every scale"
-    return [View(SYMMETRIES[name], scale) for scale in scales for name in ["identity", *tta]]
+    return [View(symmetry, scale) for scale in scales for symmetry in (Symmetry(), *(SYMMETRIES[name] for name in tta))]
 
 # %% ../nbs/31_views.ipynb #46916408
 def activate(logits: torch.Tensor, task: str) -> torch.Tensor:
