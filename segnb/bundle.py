@@ -319,9 +319,12 @@ def installed_version(name: str) -> str | None:
     try: return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError: return None
 
-# %% ../nbs/51_bundle.ipynb #084fba97
+# %% ../nbs/51_bundle.ipynb #c411805f
 def refuse_other_ways(run: Run, decision: Decision):
-    "`RecipeError` where the test masks are not the weighted mean of the networks as they were fitted"
+    "`RecipeError` where the networks or the test masks were made in a way that the notebooks do not hold"
+    if run.recipe.pseudo.rounds:
+        raise RecipeError(f"The networks in {run.folder} learned from pseudo-labels (pseudo.rounds {run.recipe.pseudo.rounds}), and train.ipynb trains on the organiser's masks alone: "
+                          "bundle a run with pseudo.rounds 0.")
     if not one_mean(decision):
         raise RecipeError(f"The ensemble in {run.folder} votes or weighs each class by itself (ensemble.method {run.recipe.ensemble.method}), and a bundle holds a weighted mean: choose "
                           "ensemble.method mean, weighted or greedy.")

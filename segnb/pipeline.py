@@ -268,14 +268,14 @@ def refuse_overwrite(folder: Path, recipe: Recipe):
     if (folder / "recipe.yaml").exists() and not (folder / "manifest.json").exists():
         raise RecipeError(f"{folder} holds a recipe.yaml but no run: the run would write over it. Choose another folder, such as runs/{recipe.name}.")
 
-# %% ../nbs/09_pipeline.ipynb #6627059f
+# %% ../nbs/09_pipeline.ipynb #866e63c5
 PACKAGES = ("torch torchvision segmentation-models-pytorch timm lightning albumentations opencv-python-headless numpy scipy pandas "
             "papermill pydantic").split()
 
 def environment() -> dict:
     "Versions, machine and device that a run is made with"
     device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu"
-    installed = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions() if d.metadata["Name"]}
+    installed = {d.metadata["Name"].lower().replace("_", "-"): d.version for d in importlib.metadata.distributions() if d.metadata["Name"]}
     return {"segnb": segnb.__version__, "python": platform.python_version(), "platform": platform.platform(), "device": device,
             "cpus": os.cpu_count(), "threads": torch.get_num_threads(), "versions": {name: installed.get(name) for name in PACKAGES}}
 
