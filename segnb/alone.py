@@ -37,7 +37,7 @@ from .recipe import Recipe
 from .sampling import build_sampling
 from .train import best_device, fold_rows, make_plan, new_model, recipe_loss
 
-# %% ../nbs/51_alone.ipynb #677310fb
+# %% ../nbs/51_alone.ipynb #d4c38684
 TUPLES = ("size", "foreground")   # keys whose lists of numbers are pairs
 
 class Settings:
@@ -58,7 +58,7 @@ class Settings:
 
 def as_setting(key: str, value):
     "A value of YAML as the code expects it"
-    if isinstance(value, dict) and key not in ("options", "weights") or isinstance(value, dict) and "name" in value: return Settings(value)
+    if isinstance(value, dict) and key not in ("options", "weights", "submissions") or isinstance(value, dict) and "name" in value: return Settings(value)
     if isinstance(value, list) and value and all(isinstance(v, dict) for v in value): return [Settings(v) for v in value]
     return tuple(value) if key in TUPLES and isinstance(value, list) else value
 
