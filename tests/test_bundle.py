@@ -154,7 +154,7 @@ def test_the_command_says_what_is_wrong_and_ends_with_1(copy):
     assert "NOT verified: 1 problem." in segnb("verify", copy, "--borrow", code=1).stdout
 
 
-@pytest.mark.real
+@pytest.mark.full
 @pytest.mark.parametrize("recipe", ["trash", "indoor", "handbone", "wildfire"])
 def test_predict_of_every_format(tmp_path, recipe):
     bundle_run(untrained(tmp_path, recipe).folder, tmp_path / "bundle")
@@ -162,7 +162,7 @@ def test_predict_of_every_format(tmp_path, recipe):
     assert report.ok, report.text()
 
 
-@pytest.mark.real
+@pytest.mark.full
 @pytest.mark.parametrize("recipe", ["demo", "satellite", "trash", "indoor", "handbone", "wildfire"])
 def test_both_notebooks_of_every_recipe(tmp_path_factory, recipe):
     folder = finished(tmp_path_factory, recipe)
@@ -170,7 +170,7 @@ def test_both_notebooks_of_every_recipe(tmp_path_factory, recipe):
     assert report.ok, report.text()
 
 
-@pytest.mark.real
+@pytest.mark.full
 def test_more_test_images_make_more_rows(made, tmp_path):
     data, bundle = shutil.copytree(made / "data", tmp_path / "data"), (made / "bundle").resolve()
     shutil.copy(next((data / "test_img").iterdir()), data / "test_img" / "NEW.png")
@@ -185,7 +185,7 @@ def test_more_test_images_make_more_rows(made, tmp_path):
     assert len(ids) == 6 and ids[-1] == "NEW"
 
 
-@pytest.mark.real
+@pytest.mark.full
 def test_one_notebook_instead_of_two(tmp_path_factory, tmp_path):
     folder = finished(tmp_path_factory, "demo", "--title", "Buildings", "--zip", "--max-mb", 500)
     segnb("bundle", folder / "run", "--out", tmp_path / "one", "--single")

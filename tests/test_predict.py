@@ -92,7 +92,7 @@ def test_the_way_of_prediction_is_settled_once(tmp_path, monkeypatch):
     assert predict_test(plain, decision).records.made_from["from"]["way"] == "as fitted"
 
 
-@pytest.mark.real
+@pytest.mark.full
 def test_compiled_networks_say_the_same():
     images = [np.random.default_rng(k).integers(0, 255, (64, 64, 3), dtype=np.uint8) for k in range(6)]
     make = lambda way: go(way, [Bright()], ["fp32"], ["contiguous"], config=Predict(batch_size=4, tta=["hflip", "rot90"]), task="binary")
@@ -103,14 +103,14 @@ def test_compiled_networks_say_the_same():
         assert max(np.abs(a - b).max() for a, b in zip(wanted, found)) < 1e-3
 
 
-@pytest.mark.real
+@pytest.mark.full
 def test_image_of_30000_by_30000_in_2_gb(tmp_path):
     peak = peak_of_mask(tmp_path, 30_000, 30_000, 512)
     print(f"peak resident memory: {peak:.0f} MB")
     assert peak < 2000
 
 
-@pytest.mark.real
+@pytest.mark.full
 def test_many_tiles_take_the_same_memory_and_time(tmp_path):
     done = subprocess.run([sys.executable, Path(__file__).with_name("stream.py"), tmp_path, "--tiles", "3000", "--size", "96"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]

@@ -11,7 +11,7 @@ from segnb.pseudo import PseudoLabels
 ONE_FOLD = settings(**{"folds.use": "[0]", "train.epochs": 2})
 
 
-@pytest.mark.real   # two fits and all stages: for `make test-full`
+@pytest.mark.full   # two fits and all stages: for `make test-full`
 def test_a_run_with_rounds(tiny, tmp_path):
     out = tmp_path / "run"
     segnb("run", *tiny, *ONE_FOLD, *settings(**{"pseudo.rounds": 1, "pseudo.confidence": 0.51, "pseudo.ratio": 0.5}), "--out", out)
@@ -37,7 +37,7 @@ def test_a_run_with_rounds(tiny, tmp_path):
     assert "train small fold 0: pseudo.confidence changed (0.51 → 0.6)" in other
 
 
-@pytest.mark.real
+@pytest.mark.full
 def test_off_changes_nothing(tiny, tmp_path):
     segnb("run", *tiny, *ONE_FOLD, "--out", tmp_path / "run", "--to", "train")
     weights = (tmp_path / "run/models/small/fold0/best.safetensors").read_bytes()
