@@ -5,10 +5,41 @@ import pandas as pd
 import pytest
 from conftest import segnb, settings
 
-from segnb.pipeline import Run
+from segnb.files import SegnbError, sha256_file
+from segnb.pipeline import Run, open_run, read_manifest
 from segnb.pseudo import PseudoLabels
+from segnb.sample import draw_sample
+from segnb.train import Fit, fit_fold, learn_labels
 
 ONE_FOLD = settings(**{"folds.use": "[0]", "train.epochs": 2})
+
+
+def test_a_fit_its_labels_and_a_fit_with_them(tmp_path):
+    "Images that validate are in neither fit; asked again nothing is done again; without rounds the labels and what is said of them are gone"
+    root = draw_sample("demo", tmp_path / "demo", train=6, test=3, size=64)
+    small = {"data.root": root, "name": "proof", "folds.n": 2, "models": [{"name": "tiny", "arch": "Unet", "encoder": "mobilenet_v2"}], "encoder_weights": None,
+             "train": {"epochs": 1, "batch_size": 4, "workers": 0, "precision": "fp32", "memory_format": "contiguous"},
+             "augment": {"preset": "none", "size": 64}, "pseudo": {"rounds": 1, "confidence": 0.51, "ratio": 0.5}}
+    run, folder = open_run("demo", tmp_path / "run", small), tmp_path / "run/models/tiny/fold0"
+    run.need("train")
+    first, fit = fit_fold(run, "tiny", 0), Fit(run, "tiny", 0)
+    learn_labels(fit)
+    dataset = fit.dataset(fit.plan(fit.entry))
+    seen = {dataset.pick(epoch, place)[0] for epoch in range(4) for place in range(len(dataset))}
+    assert first["pseudo_images"] == len(fit.labels) > 0 and not {*fit.valid_rows} & seen
+    assert seen == {*fit.train_rows} | {len(run.samples()) + k for k in range(len(fit.labels))}
+
+    before = sha256_file(folder / "best.safetensors")
+    assert fit_fold(run, "tiny", 0) == first                                  # all of it is there
+    for name in ("fit.json", "last.ckpt"): (folder / name).unlink()           # as if killed in the last round
+    fit_fold(run, "tiny", 0)
+    assert sha256_file(folder / "best.safetensors") == before
+    known = open_run("demo", tmp_path / "run", {**small, "pseudo": {"rounds": 1, "folders": [str(root / "train_img")]}})
+    with pytest.raises(SegnbError, match="is the training image train_img/"):  # the fold that validates on it would learn it
+        fit_fold(known, "tiny", 0)
+    off = open_run("demo", tmp_path / "run", {**small, "pseudo": {"rounds": 0}})
+    fit_fold(off, "tiny", 0)
+    assert [p.name for p in folder.iterdir() if p.is_dir()] == [] and "pseudo" not in read_manifest(off.folder)
 
 
 @pytest.mark.full   # two fits and all stages: for `make test-full`
