@@ -7,13 +7,13 @@ __all__ = ['WITHOUT', 'UNITS', 'Decision', 'pixels_per_pixel', 'plain_decision',
            'Ladder', 'joined', 'gains', 'take', 'because', 'in_words', 'counts_of', 'start_ladder', 'threshold_step',
            'weight_step', 'crf_step', 'plan_counts', 'rule_step', 'decide', 'decision_of', 'gain_figure']
 
-# %% ../nbs/44_decide.ipynb #9bdb1e5e
+# %% ../nbs/44_decide.ipynb #3780def9
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 import numpy as np, pandas as pd
 from matplotlib.figure import Figure
-from .combine import MARGIN, Candidate, OutOfFold, check_room, choose_weights, hist_counts, labels_of, mean_counts, mean_hists, mean_probs, stated_weights
+from .combine import MARGIN, Candidate, OutOfFold, check_room, choose_weights, hist_counts, labels_of, mean_counts, mean_hists, mean_probs, stated_weights, votes
 from .figures import new_figure
 from .metrics import reduce_counts
 from .postprocess import LABEL_RULES, VALUES, given_rules, given_thresholds, one_threshold, resampled, rules_of, scaled_rules, tune_thresholds, tune_value, tune_values, value_counts
@@ -219,20 +219,27 @@ def weight_step(ladder: Ladder):
     if take(ladder, "weights", changes, "" if same else "they", stated=asked) and tuned: ladder.curve = best.curve
     if same or asked: ladder.because["weights"] = how
 
-# %% ../nbs/44_decide.ipynb #78dc6c9c
+# %% ../nbs/44_decide.ipynb #3fde7899
 def crf_step(ladder: Ladder):
     "The recipe's CRF, on the mean of each plan"
     oof = ladder.oof
     if oof.recipe.postprocess.crf is None: return
-    tuned = any(row["step"] == "thresholds" and row["kept"] for row in ladder.rows)
+    tuned = any(row["step"] == "thresholds" and row["kept"] for row in ladder.rows) and not votes(ladder.plans[0].weights)   # of votes it is half of them
     stores = {str(plan.weights): refined_oof(oof, plan.weights).stores["crf"] for plan in ladder.plans}
     oof.stores |= {store.folder.name: store for store in stores.values()}
-    changes = []
-    for plan in ladder.plans:
-        name, thresholds = stores[str(plan.weights)].folder.name, plan.thresholds
-        if tuned: thresholds = [float(t) for t in tune_thresholds(mean_hists(oof, {name: 1.0})[plan.tune], margin=MARGIN, shared=one_threshold(oof.recipe), **oof.metric)[0]]
-        changes.append(dict(refined=name, thresholds=thresholds, counts=counts_of(oof.subset(plan.judge), {name: 1.0}, thresholds)))
+    changes = [_after_crf(ladder, plan, stores[str(plan.weights)], tuned) for plan in ladder.plans]
     take(ladder, "crf", changes, "", stated=True)
+
+def _after_crf(ladder, plan, store, tuned):
+    "What changes in a plan where `store`, its members after the CRF, stands in for them"
+    oof, name = ladder.oof, store.folder.name
+    if oof.recipe.task == "multiclass": return dict(refined=name, counts=mean_counts(oof.subset(plan.judge), {name: 1.0}, []))
+    hists, thresholds = store.hists(oof.image_ids), plan.thresholds
+    if tuned:
+        found, _, curve = tune_thresholds(hists[plan.tune], margin=MARGIN, shared=one_threshold(oof.recipe), classes=oof.recipe.classes, **oof.metric)
+        thresholds = [float(t) for t in found]
+        if plan is ladder.plans[0]: ladder.curve = curve
+    return dict(refined=name, thresholds=thresholds, counts=hist_counts(hists[plan.judge], thresholds))
 
 # %% ../nbs/44_decide.ipynb #d4de574e
 def plan_counts(oof: OutOfFold, plans: Sequence[Plan], rule: str,

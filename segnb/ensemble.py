@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['fits_of', 'origin', 'predictor_of', 'out_of_fold', 'joined_runs', 'check_raw', 'places_of_bands', 'joined_stores',
            'check_store', 'other_folds', 'ballot', 'count_ballots', 'Members', 'decided_mask', 'shares_of', 'voters',
-           'members_of', 'one_mean', 'ensemble_of', 'masks_origin', 'most_pixels', 'find_way', 'with_submissions',
-           'file_ballot', 'check_ballots', 'tallied', 'predict_test', 'save_decision', 'read_decision', 'score_card',
-           'honest_card', 'all_scores', 'no_scores', 'score_table', 'score_figure', 'metric_name', 'methods_figure',
-           'drawn_mask', 'example_figure']
+           'members_of', 'one_mean', 'ensemble_of', 'masks_origin', 'ballot_size', 'most_pixels', 'find_way',
+           'with_submissions', 'file_ballot', 'check_ballots', 'tallied', 'predict_test', 'save_decision',
+           'read_decision', 'score_card', 'honest_card', 'all_scores', 'no_scores', 'score_table', 'score_figure',
+           'metric_name', 'methods_figure', 'drawn_mask', 'example_figure']
 
-# %% ../nbs/40_ensemble.ipynb #178e0554
+# %% ../nbs/40_ensemble.ipynb #a8c45fdd
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 from .combine import BAND, Candidate, OutOfFold, check_room, class_shares, evaluate, mean_probs, vote_shares, voter_mask, votes
 from .decide import Decision
-from .crf import crf_options, refined
+from .crf import crf_bytes, crf_options, refined
 from .fast import FEW, go, judge_ways, settle_way
 from .figures import background, class_colors, label, new_figure, overlay, picture_grid, thumbnail, to_rgb
 from .files import DataError, RecipeError, SegnbError, read_json, sha256_file, write_json
@@ -46,20 +46,23 @@ def origin(run: Run, fits: Mapping[str, Sequence[int]], side: str) -> dict:
     return dict(fits=made, classes=run.recipe.classes, predict=run.recipe.predict.model_dump(mode="json", exclude={"batch_size", "fast"}), data=data, images=raw_parts(run, STAGES["ensemble"])[f"{side} files"],
                 code=code_of(f"import segnb.{'fast' if side == 'test' else 'predict'}, segnb.models, segnb.data, segnb.store"))
 
-# %% ../nbs/40_ensemble.ipynb #422a643e
+# %% ../nbs/40_ensemble.ipynb #3ab717ef
 def predictor_of(run: Run,
                  shares: Mapping[tuple[str, int], float],  # (model, fold) -> how much it counts
                  pixels: int,                              # of the largest image
                  way: str = "as fitted",                   # of `WAYS`
+                 *, cap: Recipe | None = None,             # whose `ensemble.max_ram` holds; None: the run's own
                 ) -> Predictor:
-    "The networks of a run as one; a batch of results takes a quarter of `ensemble.max_ram` at most"
-    budget = int(run.recipe.ensemble.max_ram * 2**26)   # float32 values
+    "The networks of a run as one; a batch of results takes a quarter of `ensemble.max_ram` at most, or is of one image that fits"
+    cap = cap or run.recipe
+    check_room(cap, (4 if run.recipe.predict.window else 8) * pixels * cap.n_classes, "The probabilities of the largest image")   # of windows no second copy is made
+    budget = int(cap.ensemble.max_ram * 2**26)   # float32 values
     nets, made = [load_fold(run, m, k) for m, k in shares], [read_json(run.path("models", m, f"fold{k}", "fit.json")) for m, k in shares]
     together = max(1, min(run.recipe.predict.batch_size, budget // (pixels * run.recipe.n_classes)))
     return go(way, nets, [m["precision"] for m in made], [m["memory_format"] for m in made], config=run.recipe.predict, task=run.recipe.task,
               classes=run.recipe.classes, weights=list(shares.values()), together=together, device=best_device())
 
-# %% ../nbs/40_ensemble.ipynb #d884e5f3
+# %% ../nbs/40_ensemble.ipynb #3cecc869
 def out_of_fold(run: Run) -> OutOfFold | None:   # None: no fold holds anything out
     "Predict every training image by the fits that did not see it; what is stored already is kept"
     samples, fold = run.samples(), dict(zip(run.folds().image_id, run.folds().fold))
@@ -67,13 +70,14 @@ def out_of_fold(run: Run) -> OutOfFold | None:   # None: no fold holds anything 
     train = samples[samples.split == "train"]
     rows = [i for i in train.index if fold.get(train.image_id[i], -1) in next(iter(fits.values()))]
     if not rows: return None
+    sizes = {train.image_id[i]: (int(train.height[i]), int(train.width[i])) for i in rows}
+    joined = joined_stores(run, sizes)   # first: what cannot join is said before hours of prediction
     for model, folds in fits.items():
         writer = ProbWriter(run.path("oof", model), origin(run, {model: folds}, "train"), bits=run.recipe.ensemble.bits)
         for k in folds: _predict_fold(run, pack, writer, model, k, [i for i in rows if fold[train.image_id[i]] == k and train.image_id[i] not in writer])
         writer.close()
     ids = [train.image_id[i] for i in rows]
-    sizes = {train.image_id[i]: (int(train.height[i]), int(train.width[i])) for i in rows}
-    stores = {model: ProbStore(run.path("oof", model)) for model in fits} | joined_stores(run, sizes)
+    stores = {model: ProbStore(run.path("oof", model)) for model in fits} | joined
     return OutOfFold(run.recipe, stores, ids, [fold[i] for i in ids], lambda n: pack.mask(rows[n]), lambda n: pack.image(rows[n]))
 
 def _predict_fold(run, pack, writer, model, fold, rows):
@@ -231,7 +235,7 @@ def members_of(run: Run, names: Sequence[str]) -> dict[str, tuple[Run, str, list
         found[name] = other, model, fits_of(other)[model], places_of_bands(run, other)
     return found
 
-# %% ../nbs/40_ensemble.ipynb #cbe0c110
+# %% ../nbs/40_ensemble.ipynb #1ba4299a
 def one_mean(decision: Decision) -> bool:
     "Is it a weighted mean over networks of the run itself?"
     return all(isinstance(weight, (int, float)) and not (weight and "/" in name) for name, weight in decision.weights.items())
@@ -244,12 +248,9 @@ def ensemble_of(run: Run, decision: Decision,
                ) -> Predictor | Members:
     "What a run decided as one predictor"
     names = voters(decision, run.recipe.n_classes)
-    if one_mean(decision):
-        if not run.recipe.predict.window: check_room(run.recipe, 8 * pixels * run.recipe.n_classes, "The probabilities of the largest image")
-        return predictor_of(run, shares_of(run, decision), pixels, way)
-    check_room(run.recipe, 16 * pixels * run.recipe.n_classes, "The probabilities of the largest image, by several members,")
-    members = members_of(run, names)
-    predictors = {name: predictor_of(other, {(model, k): 1.0 for k in folds}, 2 * pixels) for name, (other, model, folds, _) in members.items()}
+    if one_mean(decision): return predictor_of(run, shares_of(run, decision), pixels, way)
+    members = members_of(run, names)   # one at a time, beside what they have added up to
+    predictors = {name: predictor_of(other, {(model, k): 1.0 for k in folds}, 2 * pixels, cap=run.recipe) for name, (other, model, folds, _) in members.items()}
     return Members(predictors, decision.weights, bands={name: m[3] for name, m in members.items()}, size=size, count=count)
 
 # %% ../nbs/40_ensemble.ipynb #0fec9a0f
@@ -263,6 +264,17 @@ def masks_origin(run: Run, decision: Decision) -> dict:
     if (crf := run.recipe.postprocess.crf): how["crf"] = crf_options(crf) | code_of("import segnb.crf")
     files = {name: sha256_file(path) for name, path in run.recipe.ensemble.submissions.items()}
     return {**origin(run, fits, "test"), "decision": how, **({"joined": joined} if joined else {}), **({"files": files} if files else {})}
+
+# %% ../nbs/40_ensemble.ipynb #77147a32
+def ballot_size(run: Run) -> tuple[int, int] | None:   # None: each image's own
+    "At which size masks vote: the submission's, or where a CRF follows, which asks the picture, the picture's"
+    recipe, samples = run.recipe, run.samples()
+    if recipe.postprocess.crf is None: return recipe.submit.size
+    test = samples[samples.split == "test"]
+    other = [] if recipe.submit.size is None else test[(test.height != recipe.submit.size[0]) | (test.width != recipe.submit.size[1])].image_id.tolist()
+    if recipe.ensemble.submissions and other:
+        raise RecipeError(f"postprocess.crf asks the picture, and the files of ensemble.submissions hold masks of submit.size: '{other[0]}' is larger or smaller. Set crf to null, or leave the files to segnb vote.")
+    return None
 
 # %% ../nbs/40_ensemble.ipynb #6480f0e2
 def most_pixels(run: Run, rows: Sequence[int]) -> int:
@@ -302,9 +314,10 @@ def file_ballot(mask: np.ndarray, task: str) -> np.ndarray:  # (H, W) classes, (
     "A submission's mask as a ballot"
     return mask if task == "multiclass" else mask[None] if task == "binary" else mask.transpose(2, 0, 1)
 
-# %% ../nbs/40_ensemble.ipynb #30f89e20
+# %% ../nbs/40_ensemble.ipynb #105bbc71
 def check_ballots(run: Run, submissions: Mapping[str, Mapping]):
-    "`DataError` unless the files that vote have a mask of every test image"
+    "`DataError` unless the files that vote have a mask of every test image; `RecipeError` where a CRF is in the way"
+    ballot_size(run)
     ids = run.samples().query("split == 'test'").image_id
     for name, masks in submissions.items():
         missing = [i for i in ids if i not in masks]
@@ -318,7 +331,7 @@ def tallied(run: Run, decision: Decision, image_id: str, ballots: np.ndarray, su
     weights = [decision.weights[name]["votes"] for name in [*voters(decision, run.recipe.n_classes), *submissions]]
     return count_ballots(np.stack([*ballots, *more]), weights, run.recipe.n_classes if task == "multiclass" else None)
 
-# %% ../nbs/40_ensemble.ipynb #a3570a0d
+# %% ../nbs/40_ensemble.ipynb #fbf39f20
 def predict_test(run: Run, decision: Decision,
                  submissions: Mapping[str, Mapping[str, np.ndarray]] = {},   # files that vote: name -> masks by image id
                 ) -> MaskStore:
@@ -326,12 +339,17 @@ def predict_test(run: Run, decision: Decision,
     samples = run.samples()
     check_ballots(run, submissions)
     rows, made_from = samples.index[samples.split == "test"], masks_origin(run, decision)
+    if run.recipe.postprocess.crf and len(rows): _room_for_crf(run, most_pixels(run, rows))
     way = find_way(run, rows, decision, made_from)
     writer = MaskWriter(run.path("test_masks"), {**made_from, "way": way})
     todo = [i for i in rows if samples.image_id[i] not in writer]
-    if todo: _write_masks(run, ensemble_of(run, decision, most_pixels(run, todo), run.recipe.submit.size, count=False, way=way), writer, todo, decision, submissions)
+    if todo: _write_masks(run, ensemble_of(run, decision, most_pixels(run, todo), ballot_size(run), count=False, way=way), writer, todo, decision, submissions)
     writer.close()
     return MaskStore(run.path("test_masks"))
+
+def _room_for_crf(run, pixels):
+    n = run.recipe.n_classes
+    check_room(run.recipe, 8 * n * pixels + crf_bytes(pixels, n), "The probabilities of the largest image and its CRF")
 
 def _write_masks(run, predictor, writer, rows, decision, submissions):
     "Read, predict, and decide and write, side by side; of large results no more than one at a time"

@@ -5,32 +5,35 @@
 # %% auto #0
 __all__ = ['refined_oof']
 
-# %% ../nbs/43_refine.ipynb #ccb00273
-import copy, json
+# %% ../nbs/43_refine.ipynb #13b66b0b
+import copy, json, math
 from collections.abc import Mapping
 import numpy as np
-from .combine import OutOfFold, mean_probs
-from .crf import crf_options, refined
+from .combine import OutOfFold, check_room, class_shares, mean_probs, votes
+from .crf import crf_bytes, crf_options, refined
 from .files import sha256_text
-from .metrics import probability_hist, quantise
+from .metrics import probability_hist
 from .pipeline import code_of
 from .store import ProbStore, ProbWriter
 
-# %% ../nbs/43_refine.ipynb #96f40803
+# %% ../nbs/43_refine.ipynb #b496d42c
 def refined_oof(oof: OutOfFold,
                 weights: Mapping,   # of the members
                ) -> OutOfFold:      # one member, `crf`: their mean after the recipe's CRF
     "`oof` as it is after the CRF, stored beside the models; what is stored already is kept"
-    plain = {name: np.asarray(w).tolist() for name, w in weights.items() if np.any(w)}
-    made_from = dict(crf=crf_options(oof.recipe.postprocess.crf), weights=plain, members={name: oof.stores[name].records.made_from for name in plain},
+    plain = {name: np.asarray(weights[name]).tolist() for name in class_shares(weights, oof.recipe.n_classes)}
+    made_from = dict(crf=crf_options(oof.recipe.postprocess.crf), weights=plain, order=list(plain) if votes(weights) else [],   # it decides ties
+                     members={name: oof.stores[name].records.made_from for name in plain},
                      images=list(oof.image_ids), code=code_of("import segnb.crf"))
     beside = oof.stores[oof.recipe.models[0].name].folder.parent
-    writer = ProbWriter(beside / f"crf-{sha256_text(json.dumps(made_from, sort_keys=True))[:12]}", made_from)
+    writer = ProbWriter(beside / f"crf-{sha256_text(json.dumps(made_from, sort_keys=True))[:12]}", made_from, bits=oof.recipe.ensemble.bits)
     for i in oof.walk("CRF"):
         name = oof.image_ids[i]
         if name in writer: continue
-        bins = quantise(refined(mean_probs(oof.stores, weights, name), oof.image(i), oof.recipe))
-        writer.put(name, bins, probability_hist(bins, oof.truth(i), **oof.rule))
+        shape = next(iter(oof.stores.values())).shape(name)
+        check_room(oof.recipe, 8 * math.prod(shape) + crf_bytes(math.prod(shape[1:]), shape[0]), f"The probabilities of '{name}' and its CRF")
+        probs = refined(mean_probs(oof.stores, weights, name), oof.image(i), oof.recipe)
+        writer.put(name, probs, probability_hist(probs, oof.truth(i), **oof.rule))
     writer.close()
     after = copy.copy(oof)
     after.stores = {"crf": ProbStore(writer.folder)}

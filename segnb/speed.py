@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['PlainDataset', 'plain_batches', 'plain_step', 'our_step', 'measure', 'train_benchmark', 'numpy_rle', 'plain_predict',
-           'our_predict', 'trained_model', 'predict_benchmark']
+           'take_turns', 'our_predict', 'trained_model', 'predict_benchmark']
 
-# %% ../nbs/37_speed.ipynb #01da8aa4
+# %% ../nbs/37_speed.ipynb #46dfa30d
 import copy, itertools, tempfile, time
 
 from pathlib import Path
-from typing import Callable, Iterable
+from typing import Callable, Iterable, Sequence
 import albumentations as A
 import cv2
 import numpy as np
@@ -128,6 +128,22 @@ def plain_predict(net: nn.Module, paths: list[Path], threshold: float, batch_siz
         texts += [numpy_rle(p > threshold) for p in probs]
     return texts
 
+# %% ../nbs/37_speed.ipynb #a8d5db96
+def take_turns(loops: dict[str, Callable],       # name -> loop: images → what it makes of them; the first is what the others are compared with
+               parts: Sequence[Sequence],        # images; each loop takes each part, after one for practice
+              ) -> tuple[pd.DataFrame, dict[str, list]]:   # loop, images/s, times the first; what each made of all images
+    "Images a second of several loops, part by part, one after the other"
+    seconds, made = {name: [] for name in loops}, {name: [] for name in loops}
+    for loop in loops.values(): loop(parts[0])   # what is done once only: memory, code
+    for part in parts:
+        for name, loop in loops.items():
+            start = time.perf_counter()
+            made[name] += loop(part)
+            seconds[name].append(time.perf_counter() - start)
+    first = np.array(seconds[next(iter(loops))])
+    rows = [(name, round(sum(map(len, parts)) / sum(own), 1), round(float(np.median(first / own)), 2)) for name, own in seconds.items()]
+    return pd.DataFrame(rows, columns=["loop", "images/s", "times"]), made
+
 # %% ../nbs/37_speed.ipynb #5c101853
 def our_predict(predictor, pack, rows, threshold: float) -> list[str]:
     "The run lengths of every image"
@@ -140,7 +156,7 @@ def trained_model(arch: str, encoder: str, batches: Iterable, steps: int, device
     for batch in itertools.islice(batches, steps): step(batch)
     return model.eval()
 
-# %% ../nbs/37_speed.ipynb #583f9b43
+# %% ../nbs/37_speed.ipynb #9b8430c4
 def predict_benchmark(folder: Path | None = None,     # where sample data is drawn; None: a temporary folder
                       *, arch: str = "Unet", encoder: str = "resnet34", tile: int = 224, n: int = 128,   # tiles, and their height and width
                       steps: int = 150,               # of training
@@ -160,19 +176,9 @@ def predict_benchmark(folder: Path | None = None,     # where sample data is dra
         pack, rows = Pack(recipe, samples), samples.index[samples.split == "test"].tolist()
         make = lambda way: go(way, [model], [precision], [layout], config=Predict(batch_size=batch_size), task="binary", device=device)
         tried = judge_ways(make, [pack.image(i) for i in rows[:batch_size]], lambda p: (p[0] > threshold).astype(np.uint8), work=work, half=precision == "fp32")
-        paths = [root / samples.image[i] for i in rows]
-        loops = {"plain fp32 loop": lambda k: plain_predict(plain, paths[:k], threshold, batch_size, device)}
         tried = tried[tried.failed == ""]
-        for way in tried.way: loops[f"segnb, {way}"] = lambda k, predictor=make(way): our_predict(predictor, pack, rows[:k], threshold)
-        return _compare_loops(loops, n, batch_size, pack.shape(rows[0])).assign(taken=[False, *tried.taken])
-
-def _compare_loops(loops, n, warmup, shape):
-    results = []
-    for name, loop in loops.items():
-        loop(warmup)
-        start = time.perf_counter()
-        texts = loop(n)
-        results.append((name, n / (time.perf_counter() - start), [rle_decode(t, shape) for t in texts]))
-    rows = [{"loop": name, "images/s": round(speed, 1), "times": round(speed / results[0][1], 2), "differing": differing_share(results[0][2], masks)}
-            for name, speed, masks in results]
-    return pd.DataFrame(rows)
+        loops = {"plain fp32 loop": lambda part: plain_predict(plain, [root / samples.image[i] for i in part], threshold, batch_size, device)}
+        for way in tried.way: loops[f"segnb, {way}"] = lambda part, predictor=make(way): our_predict(predictor, pack, part, threshold)
+        table, texts = take_turns(loops, [rows[k:k + 2 * batch_size] for k in range(0, n, 2 * batch_size)])
+        masks = [[rle_decode(text, pack.shape(rows[0])) for text in own] for own in texts.values()]
+        return table.assign(differing=[differing_share(masks[0], own) for own in masks], taken=[False, *tried.taken])

@@ -1,24 +1,40 @@
-"""Draw many tiles, send them through one small network to a validated submission, and show memory and time on the way.
+"""Draw many tiles, send them through one small network to a validated submission, show memory and time on the way, and how fast a plain loop is.
 
 python tests/stream.py FOLDER --tiles 60640    →  FOLDER/stream.png, stream.csv, stream.json
+
+The drawn tiles take about 90 KB each (5.5 GB for 60,640) and are deleted at the end.
 """
-import argparse, json, subprocess, sys, time
+import argparse, copy, json, shutil, subprocess, sys, tempfile, time
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pandas as pd
 import psutil
+import torch
 from tqdm import tqdm
 
 from conftest import SEGNB, TINY, settings
+from segnb.ensemble import _write_masks, ensemble_of, most_pixels, read_decision
+from segnb.fast import differing_share
 from segnb.figures import new_figure, save_figure, use_style
+from segnb.files import read_json, write_json
+from segnb.masks import rle_decode
+from segnb.pipeline import Run
 from segnb.sample import draw_sample
+from segnb.speed import plain_predict, take_turns
+from segnb.store import MaskStore, MaskWriter
+from segnb.submit import make_submission
+from segnb.train import best_device, load_fold
+
+TILE, TILE_BYTES = 224, 130_000   # pixels a side; room on the disk for a drawn one and its mask
 
 
 def draw_tiles(folder, tiles, drawn=60):
     "A satellite sample of `tiles` test images: `drawn` of them, and these shifted, so that no two are the same"
-    root = draw_sample("satellite", folder / "raw", train=8, test=min(drawn, tiles), size=224)
+    folder.mkdir(parents=True, exist_ok=True)
+    if (free := shutil.disk_usage(folder).free) < 2 * tiles * TILE_BYTES: sys.exit(f"{folder} has {free / 2**30:.1f} GB free, and {tiles} tiles want {2 * tiles * TILE_BYTES / 2**30:.1f}.")
+    root = draw_sample("satellite", folder / "raw", train=8, test=min(drawn, tiles), size=TILE)
     images = [cv2.imread(str(path)) for path in sorted((root / "test_img").iterdir())]
     for k in tqdm(range(len(images), tiles), desc="drawing", unit="tile"):
         shifted = np.roll(images[k % len(images)], (3 * k // len(images), 5 * k // len(images)), (0, 1))
@@ -65,10 +81,33 @@ def quarters(table, tiles):
     return found
 
 
-def figure(table, tiles):
-    "Memory over time, and time a tile over tiles"
+def compare(run, tiles, batch=16):
+    "The run's network over the same tiles, from files to a CSV, in turns: by a plain loop, and by the stages' own functions, which validate it too"
+    samples, decision, note = run.samples(), read_decision(run), run.path("test_masks", "way.json")
+    rows, way = samples.index[samples.split == "test"].tolist()[:tiles], read_json(note)["way"] if note.exists() else "as fitted"
+    net, recipe = copy.deepcopy(load_fold(run, "small", 0).net).float().to(memory_format=torch.contiguous_format).eval(), run.recipe
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"sample_submission": "none.csv"})})   # that of all tiles
+    predictor, pack = ensemble_of(run, decision, most_pixels(run, rows), recipe.submit.size, way=way), run.pack()
+    with tempfile.TemporaryDirectory() as folder:
+        def plain(part):
+            texts = plain_predict(net, [recipe.data.root / samples.image[i] for i in part], decision.thresholds[0], batch, best_device())
+            pd.DataFrame({"img_id": samples.image_id[part], "mask_rle": [text or -1 for text in texts]}).to_csv(Path(folder) / "plain.csv", index=False)
+            return [rle_decode(text, pack.shape(i)) for i, text in zip(part, texts)]
+        def ours(part):
+            writer = MaskWriter(Path(folder) / f"masks {part[0]}", {"at": time.time()})
+            _write_masks(run, predictor, writer, part, decision, {})
+            writer.close()
+            masks = MaskStore(writer.folder)
+            make_submission(recipe, masks, Path(folder) / "ours.csv", samples=samples.loc[part])
+            return list(masks.values())
+        table, masks = take_turns({"plain fp32 loop": plain, f"segnb, {way}": ours}, [rows[k:k + 4 * batch] for k in range(0, len(rows), 4 * batch)])
+    return table.assign(differing=[0.0, differing_share(*masks.values())])
+
+
+def figure(table, tiles, speed):
+    "Memory over time, time a tile over tiles, and images/s beside the plain loop"
     use_style()
-    fig, axes = new_figure(1, 2, size=(9, 3), title=f"{tiles:,} tiles of 224 x 224 to a validated submission")
+    fig, axes = new_figure(1, 3, size=(4.2, 3), title=f"{tiles:,} tiles of {TILE} x {TILE} to a validated submission")
     predicting = table[(table.tiles > 0) & (table.tiles < tiles)]
     axes[0, 0].plot(table.seconds / 60, table.MB)
     axes[0, 0].axvspan(predicting.seconds.min() / 60, predicting.seconds.max() / 60, alpha=.15, label="predicting")
@@ -77,6 +116,9 @@ def figure(table, tiles):
     step = predicting.groupby(predicting.tiles * 20 // tiles).first()
     axes[0, 1].plot(step.tiles[1:], 1000 * np.diff(step.work) / np.diff(step.tiles), marker="o")
     axes[0, 1].set(xlabel="tiles", ylabel="processor ms a tile", ylim=(0, None))
+    bars = axes[0, 2].barh(speed.loop, speed["images/s"], color=["#9aa1ab", "#d55e00"])
+    axes[0, 2].bar_label(bars, [f"{n:.0f} ({times:.1f} x)" for n, times in zip(speed["images/s"], speed.times)], padding=3)
+    axes[0, 2].set(xlabel="images/s, files to CSV, in turns", xlim=(0, 1.4 * speed["images/s"].max()))
     return fig
 
 
@@ -84,12 +126,22 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--tiles", type=int, default=60640)
-    parser.add_argument("--size", default="null", help="what the network sees instead of 224: a quick look at memory")
+    parser.add_argument("--encoder", default="resnet18", help="of the small network, a Unet")
+    parser.add_argument("--turns", type=int, default=512, help="tiles that the plain loop and segnb take turns at")
     options = parser.parse_args()
     folder, tiles = options.folder, options.tiles
     root = draw_tiles(folder, tiles)
-    how = settings(**{**TINY, "data.root": root, "folds.n": 0, "augment.size": 224, "train.precision": "bf16", "train.memory_format": "channels_last",
-                   "postprocess.threshold": 0.5, "predict.tta": [], "predict.batch_size": 16, "predict.size": options.size})
+    try: found = measure(folder, root, tiles, options)
+    finally:
+        for part in (root, folder / "run/test_masks"): shutil.rmtree(part, ignore_errors=True)
+    write_json(folder / "stream.json", found)
+    print(json.dumps(found))
+
+
+def measure(folder, root, tiles, options):
+    "The stages over all tiles, watched, and the comparison"
+    how = settings(**{**TINY, "models": f"[{{name: small, arch: Unet, encoder: {options.encoder}}}]", "data.root": root, "folds.n": 0, "augment.size": TILE, "train.epochs": 20,
+                      "train.precision": "bf16", "train.memory_format": "channels_last", "postprocess.threshold": 0.5, "predict.tta": [], "predict.batch_size": 16})
     run = [SEGNB, "run", "satellite", "--out", folder / "run", *how]
     seconds = {}
     for stage in ("check", "train"):
@@ -97,11 +149,13 @@ def main():
         subprocess.run([*run, "--from", stage, "--to", stage], check=True)
         seconds[stage] = round(time.monotonic() - start, 1)
     table = watch([*run, "--from", "ensemble", "--to", "submit"], folder / "run/test_masks/index.jsonl")
+    predicting = table[(table.tiles > 0) & (table.tiles < tiles)].seconds
+    seconds |= {"before the first tile": round(predicting.iloc[0], 1), "predicting": round(predicting.iloc[-1] - predicting.iloc[0], 1),
+                "submit": round(table.seconds.iloc[-1] - predicting.iloc[-1], 1)}
     valid = subprocess.run([SEGNB, "validate", "satellite", folder / "run/submission.csv", "--set", f"data.root={root}"]).returncode == 0
-    found = {"tiles": tiles, "valid": valid, "quarters": quarters(table, tiles), "seconds": seconds}
-    save_figure(figure(table, tiles), folder / "stream.png", table)
-    (folder / "stream.json").write_text(json.dumps(found, indent=1), "utf8")
-    print(json.dumps(found))
+    speed = compare(Run(folder / "run"), min(tiles, options.turns))
+    save_figure(figure(table, tiles, speed), folder / "stream.png", table)
+    return {"tiles": tiles, "encoder": options.encoder, "valid": valid, "quarters": quarters(table, tiles), "seconds": seconds, "speed": speed.to_dict("records")}
 
 
 if __name__ == "__main__": main()

@@ -6,11 +6,13 @@ from torch import nn
 from conftest import segnb
 from segnb import ensemble
 from segnb.data import read_samples
-from segnb.combine import choose_weights
+from segnb.combine import choose_weights, vote_shares
+from segnb.crf import refined
 from segnb.decide import Decision, plain_decision
 from segnb.ensemble import ensemble_of, fits_of, out_of_fold, other_folds, predict_test, read_decision, save_decision, with_submissions
 from segnb.files import DataError, RecipeError, SegnbError, write_bytes, write_json
 from segnb.pipeline import STAGES, Task, changes, open_run, split_folds, task_parts
+from segnb.predict import resize_probs
 from segnb.sample import draw_sample
 from segnb.submit import read_submission, write_submission
 
@@ -156,6 +158,45 @@ def test_networks_vote_with_their_own_masks(make_run):
     save_decision(run, decision(weights=heavy))                             # and the loose images of the command line
     image = np.zeros((9, 8, 3), np.uint8)
     assert (ensemble_of(run, read_decision(run), pixels=1)([image])[0] >= 0.5).all()
+
+
+class Shade(nn.Module):
+    "Sees buildings where it is bright, the more the higher its level"
+    def __init__(self, level): super().__init__(); self.level = level
+    def forward(self, x): return (x[:, :1].float() - 128) / 20 + self.level
+
+
+def test_a_crf_follows_the_vote_at_the_size_of_the_picture(make_run, monkeypatch):
+    monkeypatch.setattr(ensemble, "load_fold", lambda run, model, fold: Shade(LEVEL[model, fold]))
+    run, cast = make_run(**{"ensemble.method": "vote", "postprocess.crf": {"steps": 2, "appearance_std": 5}, "submit.size": 20}), vote(unet=.5, fpn=.6)
+    masks, samples, moved = predict_test(run, decision(weights=cast)), run.samples(), 0
+    for i in samples.index[samples.split == "test"]:
+        image = run.pack().image(i)
+        ballots = [sum(sigmoid((image[..., 0] - 128.0) / 20 + LEVEL[name, k]) for k in (0, 1)) / 2 >= w["thresholds"][0] for name, w in cast.items()]
+        shares = vote_shares(np.stack(ballots)[:, None].astype(np.uint8), [1, 1], None)
+        wanted, without = (resize_probs(torch.from_numpy(p)[None], (20, 20))[0, 0].numpy() >= .5 for p in (refined(shares, image, run.recipe), shares))
+        assert np.mean(masks[samples.image_id[i]] != wanted) < .005
+        moved += np.mean(wanted != without)
+    assert moved > .05
+    with pytest.raises(RecipeError, match="asks the picture"): predict_test(make_run(**{"ensemble": {"method": "vote", "submissions": {"a": "a.csv"}}, "postprocess.crf": "deeplab", "submit.size": 20}), decision(weights=cast))
+
+
+def test_what_cannot_join_is_said_before_anything_is_predicted(make_run, tmp_path):
+    other = finished(make_run, "other", **{"folds.use": [1]})
+    run = make_run(**{"ensemble.runs": [str(other.folder)]})
+    make_run.loaded.clear()
+    with pytest.raises(DataError, match="no out-of-fold probability"): out_of_fold(run)
+    assert make_run.loaded == []
+
+
+def test_the_cap_is_that_of_this_run(make_run):
+    other = finished(make_run, "other", **{"ensemble.max_ram": 100})
+    run = make_run(**{"ensemble.runs": [str(other.folder)], "ensemble.max_ram": 0.25})
+    for weights in ({"other/psp": 1.0, "unet": 0.0, "fpn": 0.0}, {"unet": 1.0, "fpn": 0.0}):
+        with pytest.raises(RecipeError, match="ensemble.max_ram is 0.25"): ensemble_of(run, decision(weights=weights), pixels=2**26)
+    windows = make_run("windows", **{"ensemble.max_ram": 0.25, "predict.window": 64})
+    ensemble_of(windows, decision(), pixels=2**26)                            # 0.25 GB: of windows no second copy is made
+    with pytest.raises(RecipeError, match="largest image need 0.50 GB"): ensemble_of(windows, decision(), pixels=2**27)
 
 
 def test_classes_from_their_own_model(make_run):
