@@ -66,10 +66,10 @@ def gone(text: str, node: ast.stmt, block: list[ast.stmt]) -> tuple[tuple[int, i
     before = text.encode().splitlines()[node.lineno - 1][:node.col_offset]
     return (line_span(text, node, node), "") if len(block) > 1 and not before.strip() else (span_of(text, node), "pass")
 
-# %% ../nbs/51_narrow.ipynb #fd2df1ca
+# %% ../nbs/51_narrow.ipynb #bfaba576
 PLAIN_CALLS = {"set", "len", "sorted", "dict", "list", "tuple", "max", "min", "map", "isinstance", "getattr", "str", "int", "float", "bool", "any", "all", "hasattr", "zip", "range", "Path"}
 PLAIN_METHODS = {"keys", "items", "values", "get", "item", "numel", "aminmax", "signature", "monotonic", "perf_counter", "cpu", "stack", "to", "frombuffer", "encode", "astype", "all", "any",
-                 "max", "min", "sum", "asarray", "uint8", "uint16", "arange"}
+                 "max", "min", "sum", "abs", "asarray", "uint8", "uint16", "arange"}
 PARTS = (*PURE, ast.BinOp, ast.operator, ast.Subscript, ast.Slice, ast.IfExp, ast.Dict, ast.Set, ast.keyword, *COMPREHENSIONS, ast.comprehension, ast.expr_context, ast.Lambda, ast.arguments,
          ast.arg, ast.JoinedStr, ast.FormattedValue, ast.Starred)
 
@@ -127,7 +127,7 @@ def fewer_pairs(text: str, node: ast.Assign, out: Callable[[ast.AST, ast.AST], b
     pairs = [(segment(text, a), segment(text, b)) for a, b in zip(target.elts, value.elts) if not out(a, b)]
     if len(pairs) < len(value.elts): yield span_of(text, node), f"{', '.join(a for a, _ in pairs)} = {', '.join(b for _, b in pairs)}" if pairs else "pass"
 
-# %% ../nbs/51_narrow.ipynb #aaab601b
+# %% ../nbs/51_narrow.ipynb #a4d5d96d
 def without_idle_locals(text: str, quiet: Iterable[str] = ()) -> str:
     "`text` without locals that nothing reads"
     while change := next(_unread(text, quiet), None): text = edited(text, [change])
@@ -136,9 +136,10 @@ def without_idle_locals(text: str, quiet: Iterable[str] = ()) -> str:
 def _unread(text, quiet):
     for f in functions_in(_tree(text).body):
         nodes = list(ast.walk(f))
-        busy = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)} | {n.target.id for n in nodes if isinstance(n, ast.AugAssign) and isinstance(n.target, ast.Name)}
-        busy |= {name for n in nodes if isinstance(n, (ast.Global, ast.Nonlocal)) for name in n.names}
-        unread = lambda target, value: isinstance(target, ast.Name) and target.id not in busy and idle_value(value, quiet)
+        busy = {n.target.id for n in nodes if isinstance(n, ast.AugAssign) and isinstance(n.target, ast.Name)} | {name for n in nodes if isinstance(n, (ast.Global, ast.Nonlocal)) for name in n.names}
+        reads = lambda name, inside: sum(isinstance(n, ast.Name) and n.id == name and isinstance(n.ctx, ast.Load) for n in inside)
+        alone = lambda name, value: name not in busy and reads(name, nodes) == reads(name, ast.walk(value))   # nothing reads it but its own new value
+        unread = lambda target, value: isinstance(target, ast.Name) and idle_value(value, quiet) and alone(target.id, value)
         yield from assignments_without(text, f, unread)
 
 def assignments_without(text: str, f: ast.AST, out: Callable[[ast.AST, ast.AST], bool]) -> Iterator:
@@ -237,7 +238,7 @@ def calls_of(text: str, function: str) -> list[ast.Call]:
     "Calls by this name, in order"
     return sorted((n for n in ast.walk(_tree(text)) if isinstance(n, ast.Call) and called(n) == function), key=lambda n: (n.lineno, n.col_offset, -n.end_lineno, -n.end_col_offset))
 
-# %% ../nbs/51_narrow.ipynb #7a87e270
+# %% ../nbs/51_narrow.ipynb #f1ea5955
 @dataclass
 class Code:
     "The definitions of a notebook, as they get fewer"
@@ -248,6 +249,7 @@ class Code:
     skipped: set[str] = field(default_factory=set)  # calls and attributes that a notebook has no use for: endings of dotted names
     passing: Mapping[str, int] = field(default_factory=dict)   # functions that answer with one of their arguments: which
     imports: list[str] = field(default_factory=list)
+    simple: dict = field(default_factory=dict)      # text -> how much was known when no rule changed it
 
     def __post_init__(self):
         self.outside = {n.id for n in ast.walk(ast.parse(self.run)) if isinstance(n, ast.Name)}
@@ -274,16 +276,20 @@ class Code:
         for k, u in enumerate(self.units):
             if name in u.text and (new := without_arguments(u.text, name, plain, out)) != u.text: self.change(k, new)
 
-# %% ../nbs/51_narrow.ipynb #1d4fa5ce
+# %% ../nbs/51_narrow.ipynb #b4d0b1d0
 def simplify(code: Code):
     "The rules that look at one definition alone"
+    known = (len(code.facts.known), len(code.skipped))
     def simpler(text):
+        if code.simple.get(text) == known: return text   # looked at before, and nothing was learned since
         before, quiet = None, code.quiet
         while text != before:
             before = text
             text = without_idle_statements(folded(without_guards(text, code.never), code.facts), code.skipped, quiet)
             text = returned_at_once(constants_compared(without_idle_locals(text, quiet)))
-        return re.sub(r"\n(\s*\n){2,}", "\n\n", text.rstrip("\n"))
+        text = re.sub(r"\n(\s*\n){2,}", "\n\n", text.rstrip("\n"))
+        code.simple[text] = known
+        return text
     for k, u in enumerate(code.units):
         if isinstance(u.node, ast.ClassDef): code.change(k, without_methods(u.text, {m.name for m in u.node.body if isinstance(m, FUNCTIONS[:2]) and f"self.{m.name}" in code.skipped}))
     code.each(simpler)
@@ -393,7 +399,7 @@ def replaceable(f: ast.FunctionDef, param: str, value) -> bool:
         if value is None and isinstance(n, ast.Compare) and not isinstance(n.ops[0], (ast.Is, ast.IsNot)) and any(map(uses, (n.left, *n.comparators))): return False   # x != None says nothing
     return sum(isinstance(n, ast.arg) and n.arg == param for n in ast.walk(f)) == 1
 
-# %% ../nbs/51_narrow.ipynb #86a4dee4
+# %% ../nbs/51_narrow.ipynb #e8d44e11
 def settle_arguments(code: Code):
     "Put constants in the place of parameters that never vary"
     for name, values in constant_arguments(code).items():
@@ -413,12 +419,14 @@ def written(value) -> str:
 
 def unread_parameters(code: Code):
     "Leave out parameters that a function does not read"
+    found = {}
+    seen = lambda u: found[u.text] if u.text in found else found.setdefault(u.text, list(calls_with_scope(u, code.facts)))
     for name in only_called(code):
         k = code.home(name)
         f, method = made_by(_tree(code.units[k].text), name), isinstance(code.units[k].node, ast.ClassDef)
         plain, named = parameters(f)
         order, read = [p for p, *_ in plain][method:], {n.id for n in ast.walk(f) if isinstance(n, ast.Name)}
-        calls = [(c, s) for u in code.units if name in u.text for c, s in calls_with_scope(u, code.facts) if called(c) == name]
+        calls = [(c, s) for u in code.units if name in u.text for c, s in seen(u) if called(c) == name]
         idle = lambda p: all(g is None or g is not UNKNOWN and idle_value(g, code.quiet) for g in (argument_of(c, order, p, s.look) for c, s in calls))
         out = {p for p, *_ in [*plain[method:], *named] if p not in read and idle(p)}
         if out: code.change(k, without_parameters(code.units[k].text, name, out)); code.without(name, order, out)
@@ -464,28 +472,30 @@ def read_attributes(code: Code) -> set[str]:
     found = {n.attr for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load) and called(n.value) not in code.modules}
     return found | {n.args[1].value for n in nodes if isinstance(n, ast.Call) and called(n) in ("getattr", "hasattr") and isinstance(n.args[1], ast.Constant)}
 
-# %% ../nbs/51_narrow.ipynb #13732c27
-def words_of(code: Code, unit: Unit, space: dict) -> str:
-    "The sources of the modules from which the bases of a class come"
-    found = ""
-    for base in unit.node.bases:
-        try: made = eval(segment(unit.text, base), space)
+# %% ../nbs/51_narrow.ipynb #591b2638
+@lru_cache(maxsize=None)
+def words_of(bases: tuple[str, ...], imports: tuple[str, ...]) -> frozenset[str]:  # as code writes them
+    "The words in the modules from which base classes come"
+    space, found = {}, set()
+    exec("\n".join(imports), space)
+    for base in bases:
+        try: made = eval(base, space)
         except NameError: continue   # one of ours
         for module in {cls.__module__ for cls in made.__mro__}:
-            try: found += inspect.getsource(sys.modules[module])
+            try: found |= set(re.findall(r"\w+", inspect.getsource(sys.modules[module])))
             except (OSError, TypeError): pass   # not written in Python
-    return found
+    return frozenset(found)
 
 def unread_attributes(code: Code, foreign: Callable[[Unit], bool]):  # foreign: has it a base from outside?
     "Attributes that nobody reads are not set"
-    space, read, classes = {}, read_attributes(code), classes_of(code)
-    exec("\n".join(code.imports), space)
+    read, classes = read_attributes(code), classes_of(code)
     owner = {m.rpartition(".")[2] if "." not in m else m.partition(".")[0]: name for name, ms in methods_of(code).items() for m in ms}
     for k, u in enumerate(code.units):
         name = u.node.name if isinstance(u.node, ast.ClassDef) else owner.get(getattr(u.node, "name", ""))
         if name not in classes: continue
-        words = words_of(code, classes[name], space) if foreign(classes[name]) else ""
-        out = lambda t, v: isinstance(t, ast.Attribute) and called(t) == f"self.{t.attr}" and t.attr not in read and idle_value(v, code.quiet) and not re.search(rf"\b{t.attr}\b", words)
+        bases = tuple(segment(classes[name].text, b) for b in classes[name].node.bases)
+        words = words_of(bases, tuple(code.imports)) if foreign(classes[name]) else ()
+        out = lambda t, v: isinstance(t, ast.Attribute) and called(t) == f"self.{t.attr}" and t.attr not in read and idle_value(v, code.quiet) and t.attr not in words
         text = u.text
         while change := next((e for f in functions_in(_tree(text).body) for e in assignments_without(text, f, out)), None): text = edited(text, [change])
         if text != u.text: code.change(k, text)
@@ -662,7 +672,7 @@ def honest(text: str, never: Iterable[str]) -> str:
         if (new := clause.sub("", said).strip(" ;.")) != said and new: return honest(edited(text, [(span_of(text, first.value), f'"{new}"')]), never)
     return text
 
-# %% ../nbs/51_narrow.ipynb #ef020812
+# %% ../nbs/51_narrow.ipynb #664300da
 def reached(code: Code, choices: list[Choice]) -> Needed:
     "What the run cells still need"
     package = Package("segnb", {"all": ""}, code.facts, choices)
@@ -670,18 +680,19 @@ def reached(code: Code, choices: list[Choice]) -> Needed:
     own = {name for u in code.units for name in u.names}
     return Needed(package, [("all", name) for name in sorted(code.outside & own)])
 
-def one_round(code: Code, choices: list[Choice]):
+def one_round(code: Code, needed: Needed, choices: list[Choice]) -> Needed:  # needed: before the round, and after it
     "Every rule once"
+    foreign = needed.has_outside_base
     learn(code); known_calls(code); known_locals(code); simplify(code)
     look_ups(code); registered(code); no_more_arguments(code); constant_attributes(code)
     settle_arguments(code); unread_parameters(code)
-    foreign = reached(code, choices).has_outside_base
     fewer_methods(code, foreign); without_overridden(code)
     unread_attributes(code, foreign); unread_fields(code)
-    kept = reached(code, choices).texts
-    code.units = [replace(u, text=kept[u]) for u in code.units if u in kept]
+    needed = reached(code, choices)
+    code.units = [replace(u, text=needed.texts[u]) for u in code.units if u in needed.texts]
+    return needed
 
-# %% ../nbs/51_narrow.ipynb #efbcbab2
+# %% ../nbs/51_narrow.ipynb #4f422fe3
 def narrowed(flat: Flat, facts: Facts, choices: list[Choice],
              run: str,                 # the run cells
              never: Iterable[str],     # errors that cannot come
@@ -691,8 +702,8 @@ def narrowed(flat: Flat, facts: Facts, choices: list[Choice],
     "A notebook's definitions after all rules"
     units = [(f"{room} {cell}", u) for room, cell, text in flat.cells for u in units_of("all", text)]
     code = Code([Unit("all", cell, line, u.text, u.gap) for line, (cell, u) in enumerate(units)], Facts(facts.recipe, dict(facts.known)), run, set(never), set(skipped), passing, flat.imports)
-    before = None
-    while before != (before := ([u.text for u in code.units], len(code.facts.known), len(code.skipped))): one_round(code, choices)
+    before, needed = None, reached(code, choices)
+    while before != (before := ([u.text for u in code.units], len(code.facts.known), len(code.skipped))): needed = one_round(code, needed, choices)
     code.each(lambda text: honest(text, code.never))
     needed, cells = reached(code, choices), {}
     for u in (u for u in code.units if u in needed.texts):
