@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['TUPLES', 'Settings', 'as_setting', 'read_settings', 'version_differences', 'check_environment', 'check_file',
            'test_rows', 'load_network', 'load_ensemble', 'read_ensemble', 'test_masks', 'forecast', 'forecast_text',
-           'train_rows', 'DecodedPack', 'fit_job', 'retrain', 'use_threads', 'read_folds', 'keep_some',
-           'compare_submission', 'mask_figure', 'curves_figure']
+           'check_data', 'train_rows', 'DecodedPack', 'started_model', 'fit_job', 'retrain', 'use_threads',
+           'read_folds', 'keep_some', 'compare_submission', 'mask_figure', 'curves_figure']
 
-# %% ../nbs/51_alone.ipynb #9769ebd6
+# %% ../nbs/51_alone.ipynb #ec457ca4
 import importlib.metadata
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -20,10 +20,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from tqdm import tqdm
-from .augment import recipe_augment
+from .augment import build_augment
 from .crf import refined
 from .data import FORMATS, Listing, add_sizes, describe, follow_sample, note_repeats, read_image
-from .engine import Job, Plan, Share, train_job
+from .engine import Job, Share, train_job
 from .decide import Decision
 from .ensemble import decided_mask
 from .figures import to_rgb
@@ -36,8 +36,9 @@ from .predict import Predictor, predict_stream
 from .recipe import Recipe
 from .sampling import build_sampling
 from .train import best_device, fold_rows, make_plan, new_model, recipe_loss
+from .transforms import mirror_pairs
 
-# %% ../nbs/51_alone.ipynb #d4c38684
+# %% ../nbs/51_alone.ipynb #d24ff9fd
 TUPLES = ("size", "foreground")   # keys whose lists of numbers are pairs
 
 class Settings:
@@ -56,6 +57,10 @@ class Settings:
         "The same with some keys changed"
         return Settings({**self.values, **update})
 
+    def plain(self) -> "Settings":
+        "Of `predict`: without test-time augmentation, as a fit validates"
+        return self.model_copy({"tta": [], "scales": [1.0], "merge": "mean", "merge_on": "probs"})
+
 def as_setting(key: str, value):
     "A value of YAML as the code expects it"
     if isinstance(value, dict) and key not in ("options", "weights", "submissions") or isinstance(value, dict) and "name" in value: return Settings(value)
@@ -66,8 +71,6 @@ def read_settings(bundle: str | Path, data_root: str | Path) -> Recipe:
     "`recipe.yaml` of a bundle, for data in `data_root`"
     settings = Settings(yaml.safe_load((Path(bundle) / "recipe.yaml").read_text("utf8")))
     settings.data.root = Path(data_root)
-    for model in settings.models:
-        if model.encoder_weights: model.encoder_weights = str(Path(bundle) / model.encoder_weights)   # what training starts from is beside it
     return settings
 
 # %% ../nbs/51_alone.ipynb #1178515b
@@ -154,6 +157,17 @@ def forecast_text(bundle: str | Path, samples: pd.DataFrame) -> str:
     return (f"{len(samples)} test images: about {found['minutes']:g} minutes and {found['gigabytes']:g} GB of memory on a machine like the one that made the run "
             f"({made['hardware']['cpus']} CPUs, {made['hardware']['device']}); here {psutil.virtual_memory().available / 1e9:.1f} GB are free.")
 
+# %% ../nbs/51_alone.ipynb #634697a3
+def check_data(bundle: str | Path, data_root: str | Path):
+    "`SegnbError` unless the training files are those of the run: what reads them needs no checks of its own"
+    known, wrong = read_json(Path(bundle) / "MANIFEST.json")["data"]["train"], []
+    for name, digest in tqdm(known.items(), desc="comparing the data", unit="file"):
+        path = Path(data_root) / name
+        if not path.is_file(): wrong.append(f"{name} is missing")
+        elif not sha256_file(path).startswith(digest): wrong.append(f"{name} differs")
+    if wrong: raise SegnbError(f"{len(wrong)} of {len(known)} training files below {data_root} are not those of the run: {', '.join(wrong[:5])}{' …' if len(wrong) > 5 else ''}.")
+    print(f"All {len(known)} training files are those of the run.")
+
 # %% ../nbs/51_alone.ipynb #a32c2005
 def train_rows(recipe: Recipe) -> pd.DataFrame:  # image_id, split, image, mask, height, width, …
     "One row a training image"
@@ -187,8 +201,15 @@ class DecodedPack(Pack):
         stored = cut(np.load(self.path(i, "mask"), mmap_mode="r"), window)
         return stored if bits or stored.ndim == 2 else unpack_labels(stored, self.recipe.n_classes)
 
-# %% ../nbs/51_alone.ipynb #2ddd5f73
+# %% ../nbs/51_alone.ipynb #5c191634
+def started_model(recipe: Recipe, entry, pack: Pack, bundle: str | Path) -> SegModel:  # entry: of `models`
+    "The network that a fit begins with"
+    net = new_model(recipe, entry, pack, weights=False)
+    if entry.encoder_weights: net.net.encoder.load_state_dict(load_file(check_file(bundle, entry.encoder_weights)))
+    return net
+
 def fit_job(recipe: Recipe, samples: pd.DataFrame, pack: DecodedPack, folds: pd.DataFrame, member: dict,
+            bundle: str | Path,
             folder: Path,   # where weights and curve go
             workers: int,   # processes that prepare batches; the result does not depend on it
            ) -> Job:
@@ -199,8 +220,9 @@ def fit_job(recipe: Recipe, samples: pd.DataFrame, pack: DecodedPack, folds: pd.
     loss, sampling = recipe_loss(recipe, pack, rows), build_sampling(recipe, pack, rows, epoch_batches=1) if sampled else None
     plan = make_plan(recipe.train, len(sampling.rows) if sampled else len(rows), entry.steps)
     if sampled: sampling = build_sampling(recipe, pack, rows, epoch_batches=plan.batches)
-    dataset = TrainDataset(pack, rows, recipe_augment(recipe), recipe.seed, sampling=sampling, maps=getattr(loss, "maps", None))
-    return Job(folder, recipe, plan, lambda weights: new_model(recipe, entry, pack, weights), loss, dataset, pack, valid, samples.image_id.tolist(),
+    augment = build_augment(recipe.augment.preset, size=recipe.augment.size, ignore_index=recipe.data.ignore_index, mirror=mirror_pairs(recipe.classes), **recipe.augment.options)
+    dataset = TrainDataset(pack, rows, augment, recipe.seed, sampling=sampling, maps=getattr(loss, "maps", None))
+    return Job(folder, recipe, plan, lambda weights: started_model(recipe, entry, pack, bundle), loss, dataset, pack, valid, samples.image_id.tolist(),
                "bundle", f"{member['model']} fold {member['fold']}", best_device(), entry.precision, entry.memory_format, bool(entry.compile),
                Share(entry.split or 1), workers=workers, mixer=build_mixing(recipe, pack, rows) if recipe.mixing else None)
 
@@ -211,7 +233,7 @@ def retrain(recipe: Recipe, samples: pd.DataFrame, pack: DecodedPack, folds: pd.
         folder = out / m["model"] / f"fold{m['fold']}"
         folder.mkdir(parents=True, exist_ok=True)
         torch.set_num_threads(m["threads"])
-        keeper = train_job(fit_job(recipe, samples, pack, folds, m, folder, workers))
+        keeper = train_job(fit_job(recipe, samples, pack, folds, m, bundle, folder, workers))
         rows.append({"model": m["model"], "fold": m["fold"], "score": keeper.best, "score_of_the_run": m["score"],
                      "same_weights": sha256_file(folder / "best.safetensors") == m["sha256"]})
     return pd.DataFrame(rows)

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['CELL', 'FUNCTIONS', 'COMPREHENSIONS', 'UNKNOWN', 'GIVEN', 'COMPARE', 'LOOSE', 'PURE', 'CALLED_BY_NONE', 'Ref',
            'span_of', 'edited', 'segment', 'Unit', 'bound_names', 'units_of', 'local_names', 'global_names', 'dotted',
-           'Facts', 'settle', 'truth', 'Scope', 'scope_of', 'folded', 'without_idle', 'Entry', 'entries',
-           'without_entries', 'Choice', 'chosen_keys', 'said_names', 'slim_class', 'Package', 'own_names',
-           'import_meanings', 'Outside', 'without_own_imports', 'Needed', 'Seen', 'look_at', 'signature_annotations',
-           'stored_into', 'added_to', 'plain_texts', 'own_keys', 'record_reads', 'fields_of', 'slim_records',
-           'slim_fields', 'prefixed', 'same_thing', 'Flat', 'name_all', 'free_name', 'renamed', 'quoted', 'room_order',
-           'flatten', 'import_lines', 'refuse_own_name']
+           'Facts', 'settle', 'truth', 'Scope', 'scope_of', 'folded', 'line_span', 'block_text', 'branch_edit',
+           'without_idle', 'Entry', 'entries', 'without_entries', 'Choice', 'chosen_keys', 'said_names', 'slim_class',
+           'Package', 'own_names', 'import_meanings', 'Outside', 'without_own_imports', 'Needed', 'Seen', 'look_at',
+           'signature_annotations', 'stored_into', 'added_to', 'plain_texts', 'own_keys', 'record_reads', 'fields_of',
+           'slim_records', 'slim_fields', 'prefixed', 'same_thing', 'Flat', 'name_all', 'free_name', 'renamed',
+           'quoted', 'room_order', 'flatten', 'import_lines', 'refuse_own_name']
 
 # %% ../nbs/51_compile.ipynb #fede7f4a
 import ast, re
@@ -166,7 +166,7 @@ class Facts:
             value = value[name]
         return value
 
-# %% ../nbs/51_compile.ipynb #5fc6e5df
+# %% ../nbs/51_compile.ipynb #33496a38
 COMPARE = {ast.Eq: lambda a, b: a == b, ast.NotEq: lambda a, b: a != b, ast.Lt: lambda a, b: a < b, ast.LtE: lambda a, b: a <= b, ast.Gt: lambda a, b: a > b,
            ast.GtE: lambda a, b: a >= b, ast.In: lambda a, b: a in b, ast.NotIn: lambda a, b: a not in b, ast.Is: lambda a, b: a is b, ast.IsNot: lambda a, b: a is not b}
 
@@ -186,7 +186,8 @@ def settle(node: ast.AST, look: Callable):  # look: chain of names -> value or U
         a, b = settle(node.left, look), settle(node.comparators[0], look)
         try: return UNKNOWN if a is UNKNOWN or b is UNKNOWN else COMPARE[type(node.ops[0])](a, b)
         except TypeError: return UNKNOWN
-    chain = dotted(node)
+    chain = dotted(node.func) if isinstance(node, ast.Call) else dotted(node)
+    if isinstance(node, ast.Call) and chain: chain = [*chain[:-1], f"{chain[-1]}()"]   # what a function is known to answer, whatever it is asked
     return look(chain) if chain else UNKNOWN
 
 def truth(node: ast.AST, look: Callable):  # True, False or UNKNOWN
@@ -227,7 +228,7 @@ def scope_of(function: ast.AST, facts: Facts, owner: str = "") -> Scope:  # owne
             elif not chain and (found := settle(value, scope.look)) is not UNKNOWN: scope.values[name.id] = found
     return scope
 
-# %% ../nbs/51_compile.ipynb #ea7aee41
+# %% ../nbs/51_compile.ipynb #bef5b385
 def folded(text: str, facts: Facts) -> str:
     "`text` without what cannot happen"
     while change := next(_folds(text, ast.parse(text).body, Scope(facts), facts), None): text = edited(text, [change])
@@ -236,39 +237,39 @@ def folded(text: str, facts: Facts) -> str:
 def _folds(text, body, scope, facts, owner=""):
     "Edits of a list of statements and all that is in them"
     for k, node in enumerate(body):
-        if isinstance(node, ast.If) and (holds := truth(node.test, scope.look)) is not UNKNOWN: yield _branch(text, node, holds, alone=len(body) == 1)
-        if isinstance(node, (ast.Return, ast.Raise, ast.Continue, ast.Break)) and k + 1 < len(body): yield _lines(text, body[k + 1], body[-1]), ""
+        if isinstance(node, ast.If) and (holds := truth(node.test, scope.look)) is not UNKNOWN: yield branch_edit(text, node, holds, alone=len(body) == 1)
+        if isinstance(node, (ast.Return, ast.Raise, ast.Continue, ast.Break)) and k + 1 < len(body): yield line_span(text, body[k + 1], body[-1]), ""
         last = node.body[-1] if isinstance(node, FUNCTIONS[:2]) and len(node.body) > 1 else None
-        if isinstance(last, ast.Return) and last.value is None: yield _lines(text, last, last), ""
+        if isinstance(last, ast.Return) and last.value is None: yield line_span(text, last, last), ""
         inner = scope_of(node, facts, owner) if isinstance(node, FUNCTIONS) else scope
         inside = f"{node.name}." if isinstance(node, ast.ClassDef) else ""
         for part in ("body", "orelse", "finalbody"): yield from _folds(text, getattr(node, part, []), inner, facts, inside)
         for handler in [*getattr(node, "handlers", []), *getattr(node, "cases", [])]: yield from _folds(text, handler.body, inner, facts)
         yield from _expressions(text, node, inner)
 
-def _lines(text, first, last):
+def line_span(text, first, last):
     "Bytes of whole lines, the comments above them too"
     lines, at = text.encode().splitlines(keepends=True), first.lineno
     while at > 1 and lines[at - 2].lstrip().startswith(b"#"): at -= 1
     before = sum(map(len, lines[:at - 1]))
     return before, before + sum(map(len, lines[at - 1:last.end_lineno]))
 
-# %% ../nbs/51_compile.ipynb #40608a55
-def _block(text, header_line, body, by):
+# %% ../nbs/51_compile.ipynb #be52ad00
+def block_text(text, header_line, body, by):
     "The statements of a block as text, `by` columns further left; in one line if they stand behind the colon"
     if body[0].lineno == header_line: return text.encode()[span_of(text, body[0])[0]:span_of(text, body[-1])[1]].decode()
     lines = text.splitlines()[header_line:body[-1].end_lineno]
     return "\n".join(line[by:] if not line[:by].strip() else line for line in lines).lstrip()
 
-def _branch(text, node, holds, alone):
+def branch_edit(text, node, holds, alone):
     "The edit that leaves one branch of an `if`"
     (start, end), taken = span_of(text, node), node.body if holds else node.orelse
     chained = text.encode()[start:start + 4] == b"elif"
-    if not taken: return (_lines(text, node, node), "") if not alone or chained else ((start, end), "pass")
+    if not taken: return (line_span(text, node, node), "") if not alone or chained else ((start, end), "pass")
     if not holds and text.encode()[(at := span_of(text, taken[0])[0]):at + 4] == b"elif" and len(taken) == 1:
         return (start, end), segment(text, taken[0])[0 if chained else 2:]
     header = node.test.end_lineno if holds else _else_line(text, node)
-    new = _block(text, header, taken, 0 if chained else taken[0].col_offset - node.col_offset)
+    new = block_text(text, header, taken, 0 if chained else taken[0].col_offset - node.col_offset)
     if not chained: return (start, end), new
     return (start, end), f"else: {new}" if taken[0].lineno == header else f"else:\n{' ' * taken[0].col_offset}{new}"
 
@@ -304,7 +305,7 @@ def _without_first(text, node, first):
     if len(node.values) == 2: return f"({segment(text, node.values[1])})" if isinstance(node.values[1], LOOSE) else segment(text, node.values[1])
     return text.encode()[span_of(text, node.values[1])[0]:span_of(text, node)[1]].decode()
 
-# %% ../nbs/51_compile.ipynb #d822f9e8
+# %% ../nbs/51_compile.ipynb #4a0882c9
 PURE = (ast.Name, ast.Attribute, ast.Constant, ast.Compare, ast.BoolOp, ast.UnaryOp, ast.Load, ast.cmpop, ast.boolop, ast.unaryop, ast.Tuple, ast.List)
 
 def without_idle(text: str,     # folded
@@ -316,7 +317,7 @@ def without_idle(text: str,     # folded
     idle, changes = reads(ast.parse(before)) - reads(tree), []
     for n in (n for f in ast.walk(tree) if isinstance(f, FUNCTIONS[:2]) for n in f.body if isinstance(n, ast.Assign) and len(n.targets) == 1):
         target, value = n.targets[0], n.value
-        if isinstance(target, ast.Name) and target.id in idle and pure(value): changes.append((_lines(text, n, n), ""))
+        if isinstance(target, ast.Name) and target.id in idle and pure(value): changes.append((line_span(text, n, n), ""))
         if not (isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple) and len(target.elts) == len(value.elts)): continue
         pairs = [(segment(text, a), segment(text, b)) for a, b in zip(target.elts, value.elts) if not (isinstance(a, ast.Name) and a.id in idle and pure(b))]
         if pairs and len(pairs) < len(value.elts): changes.append((span_of(text, n), f"{', '.join(a for a, _ in pairs)} = {', '.join(b for _, b in pairs)}"))
@@ -375,7 +376,7 @@ def chosen_keys(keys: Iterable[str],           # of a registry
         if all(match(v) for v in choice.allowed) and (key := match(choice.value)): picked.add(key)
     return picked or set(said) & set(keys)
 
-# %% ../nbs/51_compile.ipynb #0c99a080
+# %% ../nbs/51_compile.ipynb #101c39ac
 CALLED_BY_NONE = {"NamedTuple", "Exception", "ValueError", "object", "Mapping"}   # bases that call no method of ours but those with underscores
 
 def said_names(node: ast.AST) -> set[str]:
@@ -391,7 +392,7 @@ def slim_class(text: str, said: set[str]) -> str:
     cuts = []
     for m in idle:
         first = min([m.lineno, *(d.lineno for d in m.decorator_list)])
-        start, end = _lines(text, ast.Pass(lineno=first, end_lineno=first), m)
+        start, end = line_span(text, ast.Pass(lineno=first, end_lineno=first), m)
         while text.encode()[:start].endswith(b"\n\n"): start -= 1
         cuts.append(((start, end), ""))
     return edited(text, cuts).rstrip("\n")
@@ -431,7 +432,7 @@ class Package:
         return {room: {n: m for u in units if isinstance(u.node, (ast.Import, ast.ImportFrom)) for n, m in import_meanings(u.node, self.name).items()}
                 for room, units in self.rooms.items()}
 
-# %% ../nbs/51_compile.ipynb #a56b516a
+# %% ../nbs/51_compile.ipynb #7f7732d0
 def own_names(node: ast.ImportFrom, package: str) -> dict[str, Ref]:
     "What an import from the package itself binds; nothing where it is from outside"
     path = (node.module or "").split(".")
@@ -461,7 +462,7 @@ class Outside:
 def without_own_imports(text: str, package: str) -> str:
     "A function or class without the imports from its own package that stand in it"
     found = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.ImportFrom) and own_names(n, package)]
-    return edited(text, [(_lines(text, n, n), "") for n in found])
+    return edited(text, [(line_span(text, n, n), "") for n in found])
 
 # %% ../nbs/51_compile.ipynb #f7eff3e9
 class Needed:
@@ -734,7 +735,7 @@ def _read_fields(self, record):
         if any(holder in text for holder in holders): found |= {n.attr for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Attribute) and (dotted(n.value) or [""])[-1] in holders}
     return [f for f in fields if f in found]
 
-# %% ../nbs/51_compile.ipynb #f21fdee7
+# %% ../nbs/51_compile.ipynb #450b1e49
 def slim_records(text: str, fields: list[str], read: list[str]) -> str:
     "A registry whose records have the fields of `read` only"
     cuts = []
@@ -751,7 +752,7 @@ def slim_fields(text: str, read: list[str]) -> str:
     body = ast.parse(text).body[0].body
     gone = [n for n in body if isinstance(n, ast.AnnAssign) and n.target.id not in read]
     if len(gone) == len(body): return edited(text, [((span_of(text, body[0])[0], span_of(text, body[-1])[1]), "pass")])
-    return edited(text, [(_lines(text, n, n), "") for n in gone]).rstrip("\n")
+    return edited(text, [(line_span(text, n, n), "") for n in gone]).rstrip("\n")
 
 Needed.read_fields = _read_fields
 

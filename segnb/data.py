@@ -782,7 +782,7 @@ def list_samples(recipe: Recipe, workers: int = 4) -> Listing:
     add_sizes(listing, workers)
     return listing
 
-# %% ../nbs/02_data.ipynb #b8a971f2
+# %% ../nbs/02_data.ipynb #e304213a
 def add_sizes(listing: Listing, workers: int = 4):
     "Height and width of every row, from the files' headers; 0 where there is none"
     def headers(rows):
@@ -790,7 +790,7 @@ def add_sizes(listing: Listing, workers: int = 4):
     chunks = [listing.rows[at:at + 256] for at in range(0, len(listing.rows), 256)]   # a task each would cost more than the reading
     for rows, found in zip(chunks, parallel_map(headers, chunks, workers)):
         for row, header in zip(rows, found):
-            row["height"], row["width"] = header.shape if isinstance(header, Header) else (0, 0)
+            row["height"], row["width"] = (0, 0) if isinstance(header, Fault) else header.shape
             if isinstance(header, Fault): listing.findings.append(header.finding | dict(file=row["image"]))
 
 def _header_or_fault(path):

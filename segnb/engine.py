@@ -224,11 +224,10 @@ class FitModule(L.LightningModule):
         "Was the part before this one the last of a step?"
         return self.epoch_over or self.part % self.parts_per_step == 0
 
-# %% ../nbs/34_engine.ipynb #10ad1490
+# %% ../nbs/34_engine.ipynb #46dc4a3e
 @torch.no_grad()
 def _whole_loss(loss, share, part, batch_size):
     "Mean of a part's loss over the images of all processes"
-    if share.world == 1: return loss
     first, last = share.piece(part, batch_size)
     total = loss.double() * (last - first)
     torch.distributed.all_reduce(total)
@@ -238,7 +237,7 @@ def part_weight(plan: Plan, share: Share, step: int, images: int) -> float:
     "What the loss of `images` images counts in step `step` of an epoch, so that the step's gradient is the mean over all its images"
     return images * share.world * plan.accumulate * share.split / plan.step_images(step)
 
-# %% ../nbs/34_engine.ipynb #5ad9efdf
+# %% ../nbs/34_engine.ipynb #da8fce80
 def _training_step(self, batch, _):
     job, plan, share = self.job, self.job.plan, self.job.share
     number, part = divmod(self.part, share.split)
@@ -250,7 +249,7 @@ def _training_step(self, batch, _):
     outputs = self.train_forward[0](batch["image"].contiguous(memory_format=job.layout))
     loss = batch_loss(self.loss, outputs, batch, self.recipe.task, getattr(self.model, "aux_weights", None) or (1.0,))
     self.watch.add(loss.detach(), batch, epoch=self.epoch, step=step, lr=self.rate)
-    self.losses.append(_whole_loss(loss.detach(), share, part, plan.batch_size))
+    self.losses.append(_whole_loss(loss.detach(), share, part, plan.batch_size) if share.world > 1 else loss.detach())
     self.part += 1
     weight = part_weight(plan, share, step, last - first)
     return loss if weight == 1 else loss * weight
@@ -277,20 +276,22 @@ def _on_train_epoch_start(self):
 
 FitModule.configure_optimizers, FitModule.set_rates, FitModule.on_train_epoch_start = _configure_optimizers, _set_rates, _on_train_epoch_start
 
-# %% ../nbs/34_engine.ipynb #837a13c7
+# %% ../nbs/34_engine.ipynb #17ff0722
 THRESHOLDS = np.arange(8, 256, 8)   # in 1/256
 
 def image_counts(probs: np.ndarray, mask: np.ndarray, recipe: Recipe) -> np.ndarray:
     "(T, C, 3) counts of one image: T thresholds, or 1 for multiclass"
-    options = dict(task=recipe.task, ignore_index=recipe.data.ignore_index)
-    if recipe.task == "multiclass": return count(probs.argmax(0).astype(np.uint8), mask, n_classes=recipe.n_classes, **options)[None]
-    return threshold_counts(probability_hist(probs, mask, **options))[THRESHOLDS]
+    task, ignored = recipe.task, recipe.data.ignore_index
+    if task == "multiclass": return count(probs.argmax(0).astype(np.uint8), mask, task=task, n_classes=recipe.n_classes, ignore_index=ignored)[None]
+    return threshold_counts(probability_hist(probs, mask, task=task, ignore_index=ignored))[THRESHOLDS]
 
 def best_score(counts: np.ndarray,  # (N, T, C, 3)
                recipe: Recipe,
               ) -> tuple[float, float | None, np.ndarray]:  # score, threshold, counts (N, C, 3) there
     "The competition's score of a validation, at the threshold that suits it best"
-    scores = [reduce_counts(counts[:, t], **recipe.metric.model_dump()) for t in range(counts.shape[1])]
+    metric = recipe.metric
+    score = lambda t: reduce_counts(counts[:, t], name=metric.name, over=metric.over, empty=metric.empty, smooth=metric.smooth)
+    scores = [score(t) for t in range(counts.shape[1])]
     t = int(np.nanargmax(scores)) if np.isfinite(scores).any() else 0
     return float(scores[t]), None if len(scores) == 1 else float(THRESHOLDS[t] / 256), counts[:, t]
 
@@ -515,14 +516,16 @@ def plain_mask(probs: np.ndarray, task: str) -> np.ndarray:
     if task == "multiclass": return probs.argmax(0).astype(np.uint8)
     return (probs[0] > 0.5).astype(np.uint8) if task == "binary" else (probs > 0.5).astype(np.uint8).transpose(1, 2, 0)
 
-# %% ../nbs/34_engine.ipynb #44b2f06f
+# %% ../nbs/34_engine.ipynb #8c740ce4
 class Keeper(Callback):
     "Scores, files, progress and early stopping of a fit"
     def __init__(self, job: Job, state: dict | None = None, averager: Averager | None = None):
         self.job, self.averager, self.folder = job, averager, Path(job.folder)
-        kept = (state or {}).get("keeper", {})
-        self.rows, self.best, self.best_epoch = kept.get("rows", []), kept.get("best"), kept.get("best_epoch")
-        self.within, self.scaler = kept.get("within"), (state or {}).get("scaler")   # within: an epoch that was cut in two
+        self.rows, self.best, self.best_epoch = [], None, None
+        self.within, self.scaler = None, None   # within: an epoch that was cut in two
+        if state is not None:
+            kept, self.scaler = state["keeper"], state["scaler"]
+            self.rows, self.best, self.best_epoch, self.within = kept["rows"], kept["best"], kept["best_epoch"], kept["within"]
         self.score, self.counts, self.ended, self.resumed = {}, None, None, state is not None
         self.tracker = job.tracker(self.resumed) if job.tracker and job.first_process and not self.done else None
 
@@ -545,11 +548,13 @@ class Keeper(Callback):
         self.bar = tqdm(total=self.job.plan.total, initial=module.epoch * self.job.plan.steps + module.steps_done, desc=self.job.label, unit="step",
                         mininterval=2, dynamic_ncols=True, disable=not self.job.first_process)
 
-# %% ../nbs/34_engine.ipynb #c6f8abe5
+# %% ../nbs/34_engine.ipynb #554685eb
 def _epoch_start(self, trainer, module):
-    within, self.within = self.within or {"losses": torch.zeros(0), "seconds": 0.0, "waited": 0.0}, None
+    self.started, self.waited, self.ended, self.score, module.losses = time.perf_counter(), 0.0, None, {}, []
+    if self.within is None: return
+    within, self.within = self.within, None
     module.losses = list(within["losses"].to(module.device).unbind())
-    self.started, self.waited, self.ended, self.score = time.perf_counter() - within["seconds"], within["waited"], None, {}
+    self.started, self.waited = self.started - within["seconds"], within["waited"]
 
 def _batch_start(self, trainer, module, batch, batch_idx):
     if self.ended: self.waited += time.perf_counter() - self.ended

@@ -168,7 +168,7 @@ class PixelLoss(nn.Module):
         with torch.autocast(logits.device.type, enabled=False):
             return LOSSES[self.name].make(logits.to(wide), target, valid, *more, **self.options)
 
-# %% ../nbs/08_losses.ipynb #4284c782
+# %% ../nbs/08_losses.ipynb #8a80e3f0
 def build_loss(name: str,                       # a name of `LOSSES`
                *, task: str,                    # binary | multiclass | multilabel
                ignore_index: int | None = None, # target pixels of this value are left out
@@ -178,7 +178,7 @@ def build_loss(name: str,                       # a name of `LOSSES`
     "The loss `name` for `task`; ValueError says which name, task or option is wrong and what there is"
     if name not in LOSSES: raise ValueError(nearest(name, LOSSES, "loss"))
     if task not in TASKS: raise ValueError(nearest(task, TASKS, "task"))
-    make, tasks, _, _ = LOSSES[name]
+    tasks, make = LOSSES[name].tasks, LOSSES[name].make
     if task not in tasks:
         others = ", ".join(k for k, v in LOSSES.items() if task in v.tasks)
         raise ValueError(f"loss '{name}' is for {' and '.join(tasks)}, not for {task}: use one of {others}")
@@ -188,16 +188,16 @@ def build_loss(name: str,                       # a name of `LOSSES`
     if n_classes: loss(torch.zeros(1, n_classes, 2, 2), torch.zeros(1, 2, 2).long() if task == "multiclass" else torch.zeros(1, n_classes, 2, 2))
     return loss
 
-# %% ../nbs/08_losses.ipynb #70fa0831
+# %% ../nbs/08_losses.ipynb #4f75de59
 def pixel_mean(values: Tensor,             # loss of each pixel
                valid: Tensor | None,       # same shape, True where the pixel counts; None: everywhere
                mass: Tensor | None = None, # same shape, what each pixel counts for; None: 1
               ) -> Tensor:                 # scalar
     "Sum of `values` over sum of `mass`, both over the pixels that count; 0 if none does"
     if valid is None and mass is None: return values.mean()
-    mass = torch.ones_like(values) if mass is None else mass
-    if valid is not None: values, mass = values.masked_fill(~valid, 0), mass.masked_fill(~valid, 0)
-    return values.sum() / mass.sum().clamp(min=1e-6)
+    share = torch.ones_like(values) if mass is None else mass
+    if valid is not None: values, share = values.masked_fill(~valid, 0), share.masked_fill(~valid, 0)
+    return values.sum() / share.sum().clamp(min=1e-6)
 
 # %% ../nbs/08_losses.ipynb #fc2ea5bf
 def per_class(values: list[float],  # one for each channel of `logits`

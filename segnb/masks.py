@@ -101,13 +101,15 @@ def ints_to_text(values: np.ndarray,  # (N,) whole numbers, none below 0
     text[zero, -2] = int.from_bytes(b"\0\0\0" + b"0", sys.byteorder)
     return text.tobytes().translate(None, b"\0")[:-1].decode()
 
-# %% ../nbs/01_masks.ipynb #53d800c9
+# %% ../nbs/01_masks.ipynb #7fcadc74
 def text_to_ints(text: str,        # whole numbers separated by white space
                 ) -> np.ndarray:   # (N,) int64
     "Numbers in `text`; a `ValueError` names the first token that is not one"
     code = np.frombuffer(text.encode("ascii", "replace"), np.uint8)
     plain = (code - np.uint8(48) < 10) | (code == 32) | (code - np.uint8(9) < 5)
-    if not plain.all() or not (values := _parse(text)).max(initial=0) < 10**18: raise ValueError(_odd_token(text))
+    if not plain.all(): raise ValueError(_odd_token(text))
+    values = _parse(text)
+    if not values.max(initial=0) < 10**18: raise ValueError(_odd_token(text))
     return values
 
 def _parse(text): return np.fromstring(text, np.int64, sep=" ") if text.strip() else np.zeros(0, np.int64)

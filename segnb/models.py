@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ARCHS', 'BUNDLED', 'FIXED', 'U_SHAPED', 'register_arch', 'arch_options', 'check_names', 'check_options', 'make_net',
            'unused_modules', 'take_out', 'native_size', 'PatchConv2d', 'guard_patches', 'SegModel', 'build_model',
-           'side_multiple', 'least_side']
+           'only_checked', 'side_multiple', 'least_side']
 
 # %% ../nbs/07_models.ipynb #be444aa4
 import difflib, inspect, math
@@ -204,7 +204,7 @@ class SegModel(nn.Module):
             raise RecipeError(f"This encoder is made for pictures of {a}x{b} and was given {h}x{w}: set augment.size and predict.size (or predict.window) to {a}, or make "
                               f"it for another size by the model's options: encoder_options: {{img_size: {h}}}. ({' '.join(str(error).split())[:100]})") from error
 
-# %% ../nbs/07_models.ipynb #2e5a4046
+# %% ../nbs/07_models.ipynb #cd5ba748
 def build_model(arch: str,                 # a name in `ARCHS`
                 encoder: str,              # an smp encoder, or tu-<timm name>
                 *,
@@ -219,9 +219,11 @@ def build_model(arch: str,                 # a name in `ARCHS`
                ) -> SegModel:
     "A network by name. `RecipeError` for unknown names or options, and for weights that cannot be had"
     check_names(arch, encoder := timm_name(encoder))
-    before = Stem(stem := stem_options(stem), in_channels)
-    options, dropout = _place_dropout(arch, check_options(arch, options), dropout)
-    try: net = _on_meta_too(lambda: make_net(arch, encoder, before.out_channels, n_classes, options, stem, dropout, encoder_options))
+    stem, options = stem_options(stem), check_options(arch, options)
+    before = Stem(stem, in_channels) if stem.means or stem.adapter else None
+    if dropout is not None: options, dropout = _place_dropout(arch, options, dropout)
+    make = lambda: make_net(arch, encoder, before.out_channels if before else in_channels, n_classes, options, stem, dropout or 0.0, encoder_options)
+    try: net = _on_meta_too(make) if only_checked() else make()
     except (KeyError, ValueError, NotImplementedError, AssertionError, RuntimeError, TypeError) as error:
         raise RecipeError(f"{arch} with encoder {encoder} cannot be built: {' '.join(str(error).split())[:300]}") from None
     if weights is not None:
@@ -229,20 +231,22 @@ def build_model(arch: str,                 # a name in `ARCHS`
         load_encoder(inside, weights_file(weights) or fetch_weights(encoder, str(weights)), stem, encoder)
     guard_patches(net)
     zeros, ones = [0.0] * in_channels, [1.0] * in_channels
-    return SegModel(net, zeros if mean is None else mean, ones if std is None else std, side_multiple(net), before if stem.means or stem.adapter else None,
+    return SegModel(net, zeros if mean is None else mean, ones if std is None else std, side_multiple(net), before,
                     native_size(encoder, encoder_options or {}), least_side(net))
 
-# %% ../nbs/07_models.ipynb #e3ea0eab
+# %% ../nbs/07_models.ipynb #7fa2b8b0
+def only_checked() -> bool:
+    "Are networks built on the meta device, without numbers, as where a recipe is checked?"
+    return torch.get_default_device().type == "meta"
+
 def _on_meta_too(make):
-    "Build a network; on the meta device, where a recipe is checked, one that computes with numbers while it is built is built on the processor"
+    "Build a network; one that computes with numbers while it is built is built on the processor"
     try: return make()
-    except (RuntimeError, NotImplementedError):
-        if torch.get_default_device().type != "meta": raise
+    except (RuntimeError, NotImplementedError): pass
     with torch.device("cpu"): return make().to("meta")
 
 def _place_dropout(arch, options, dropout):
     "Dropout as the architecture's own option, or as ours: (options, ours)"
-    if dropout is None: return options, 0.0
     if isinstance(dropout, bool) or not 0 <= dropout < 1: raise RecipeError(f"dropout is a probability from 0 to below 1, got {dropout!r}.")
     return (options | {"dropout": dropout}, 0.0) if "dropout" in arch_options(ARCHS[arch]) else (options, float(dropout))
 

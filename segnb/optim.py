@@ -81,23 +81,23 @@ def plateau(scores: Sequence[float],  # of the epochs so far, higher is better; 
         if bad > patience: rate, bad, rest = max(rate * factor, final), 0, cooldown
     return rate
 
-# %% ../nbs/32_optim.ipynb #3fbee915
+# %% ../nbs/32_optim.ipynb #c8272090
 class Schedule:
     "Step → multiple of the learning rate; the scores so far matter to `plateau` only"
-    def __init__(self, f: Callable, options: dict, total_steps: int, steps_per_epoch: int, *, per: str = "step", warmup_epochs: float = 0,
+    def __init__(self, name: str, options: dict, total_steps: int, steps_per_epoch: int, *, per: str = "step", warmup_epochs: float = 0,
                  warmup_from: float = 0.01):
         if per not in ("step", "epoch"): raise ValueError(nearest(str(per), ["step", "epoch"], "per"))
         if warmup_epochs < 0 or not 0 <= warmup_from <= 1: raise ValueError("warmup_epochs must be 0 or more, warmup_from between 0 and 1")
-        self.f, self.options, self.per, self.warmup, self.low = f, options, per, warmup_epochs, warmup_from
+        self.name, self.options, self.per, self.warmup, self.low = name, options, per, warmup_epochs, warmup_from
         self.steps_per_epoch, self.total = steps_per_epoch, total_steps / steps_per_epoch
 
     def __call__(self, step: int, scores: Sequence[float] = ()) -> float:
         t = step // self.steps_per_epoch if self.per == "epoch" else step / self.steps_per_epoch
         if t < self.warmup: return self.low + (1 - self.low) * t / self.warmup
-        if self.f is plateau: return plateau(scores, **self.options)
-        return self.f(t - self.warmup, max(self.total - self.warmup, 1e-9), **self.options)
+        if self.name == "plateau": return plateau(scores, **self.options)
+        return SCHEDULES[self.name](t - self.warmup, max(self.total - self.warmup, 1e-9), **self.options)
 
-# %% ../nbs/32_optim.ipynb #63c98b71
+# %% ../nbs/32_optim.ipynb #8a8d6b00
 EVERY = ("per", "warmup_epochs", "warmup_from")   # options of every schedule
 
 def build_schedule(choice: Named,       # name and options
@@ -114,7 +114,7 @@ def build_schedule(choice: Named,       # name and options
         raise RecipeError(f"optim.schedule: {choice.name} needs '{name}', as in {{name: {choice.name}, {name}: …}}.")
     split = lambda inside: {k: v for k, v in choice.options.items() if (k in EVERY) == inside}
     try:
-        schedule = Schedule(known[choice.name], split(False), total_steps, steps_per_epoch, **split(True))
+        schedule = Schedule(choice.name, split(False), total_steps, steps_per_epoch, **split(True))
         if all(math.isfinite(schedule(s, [0.5] * 9)) and schedule(s) >= 0 for s in range(0, total_steps + 1, max(1, total_steps // 20))): return schedule
     except (ValueError, TypeError, ArithmeticError) as error: raise RecipeError(f"optim.schedule: {choice.name}: {error}.") from None
     raise RecipeError(f"optim.schedule: {choice.name} with {choice.options} gives a rate that is negative or not finite.")

@@ -51,15 +51,20 @@ class Predictor:
             for i, probs in zip(same, self.batch([images[i] for i in same])): out[i] = probs
         return out
 
-# %% ../nbs/31_predict.ipynb #f4173891
+# %% ../nbs/31_predict.ipynb #1be7275d
 @torch.inference_mode()
 def _forward(self, x: torch.Tensor) -> torch.Tensor:
     "Averaged probabilities (B, K, H, W) of a batch (B, C, H, W) in stored units, on the device"
-    x, total, config = x.to(self.device), 0.0, self.config
-    for k, weight in enumerate(self.weights):
-        seen = (view.undo(self.logits(k, view.look(x)), x.shape[-2:], self.mirrored) for view in self.views)
-        total = total + weight * merge_views(seen, self.task, config.merge, config.merge_on)
+    x, total = x.to(self.device), 0.0
+    for k, weight in enumerate(self.weights): total = total + weight * self.seen(k, x)
     return total
+
+def _seen(self, k: int, x: torch.Tensor) -> torch.Tensor:
+    "What network `k` says of a batch in all views: probabilities"
+    config = self.config
+    if not config.tta and config.scales == [1.0]: return activate(self.logits(k, x), self.task)
+    seen = (view.undo(self.logits(k, view.look(x)), x.shape[-2:], self.mirrored) for view in self.views)
+    return merge_views(seen, self.task, config.merge, config.merge_on)
 
 def _logits(self, k: int, x: torch.Tensor) -> torch.Tensor:
     "What network `k` says of a batch, float32"
@@ -67,7 +72,7 @@ def _logits(self, k: int, x: torch.Tensor) -> torch.Tensor:
     with torch.autocast(self.device.type, AUTOCAST.get(precision, torch.bfloat16), enabled=precision in AUTOCAST):
         return self.models[k](x.contiguous(memory_format=self.formats[k])).float()
 
-Predictor.forward, Predictor.logits = _forward, _logits
+Predictor.forward, Predictor.seen, Predictor.logits = _forward, _seen, _logits
 
 # %% ../nbs/31_predict.ipynb #b5acc969
 def _batch(self, images: Sequence[np.ndarray]) -> np.ndarray:

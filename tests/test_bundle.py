@@ -6,8 +6,8 @@ import nbformat
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, segnb, settings
-from segnb.bundle import bundle_run, pack_zip, refuse_too_large, refuse_too_slow
+from conftest import REAL, TINY, segnb, settings
+from segnb.bundle import bundle_run, pack_zip, refuse_too_large, refuse_too_slow, start_weights, write_start
 from segnb.data import read_samples
 from segnb.engine import save_weights
 from segnb.ensemble import fits_of, no_scores, predict_test, predictor_of, read_decision
@@ -86,7 +86,7 @@ def test_notebooks_hold_what_the_run_used_and_nothing_else(made):
         for other in ("PolygonJson", "ClassTable", "FCN8s", "lovasz", "papermill", "wandb", "def polygons_to_mask"): assert other not in code, (name, other)
     assert "focal" not in code_of(made / "bundle" / "predict.ipynb") and "def focal_dice_loss" in code_of(made / "bundle" / "train.ipynb")
     lines = json.loads((made / "bundle" / "MANIFEST.json").read_text())["code_lines"]
-    assert lines["predict"] < 1500, lines
+    assert max(lines.values()) < 1600, lines   # of the demo; the satellite stays below 1,500
 
 
 def flip(path):
@@ -168,6 +168,45 @@ def test_both_notebooks_of_every_recipe(tmp_path_factory, recipe):
     folder = finished(tmp_path_factory, recipe)
     report = verify_bundle(folder / "bundle", borrow=True, train=True)
     assert report.ok, report.text()
+    assert any("bit for bit" in line for line in report.checked)
+    assert recipe != "satellite" or json.loads((folder / "bundle" / "MANIFEST.json").read_text())["code_lines"]["train"] < 1500
+
+
+@pytest.mark.full
+@pytest.mark.real
+@pytest.mark.parametrize("recipe, wheels", [("satellite", ["--wheels"]), ("trash", [])])
+def test_real_pictures_where_segnb_was_never_installed(tmp_path, recipe, wheels):
+    "In a new environment: from the bundle's own wheels, or from the package index"
+    segnb("run", REAL / recipe / "recipe.yaml", "--out", tmp_path / "run", *settings(**{"folds.n": 0, "train.minutes": 0.5}), timeout=3600)
+    segnb("bundle", tmp_path / "run", "--out", tmp_path / "bundle", *wheels, timeout=3600)
+    report = verify_bundle(tmp_path / "bundle", data=REAL / recipe, train=True, keep=tmp_path / "kept")
+    assert report.ok, report.text()
+    assert (tmp_path / "kept" / "submission.csv").read_bytes() == (tmp_path / "run" / "submission.csv").read_bytes()
+
+
+@pytest.mark.full
+def test_two_models_with_found_weights_thresholds_and_views(tmp_path):
+    "What an ensemble decided, its bundle holds: shares, thresholds, areas, views, the CRF"
+    data = draw_sample("satellite", tmp_path / "data", train=8, test=4, size=64)
+    two = TINY | {"models": "[{name: one, arch: Unet, encoder: mobilenet_v2}, {name: two, arch: FPN, encoder: mobilenet_v2}]", "data.root": data, "folds.n": 2,
+                  "ensemble.method": "weighted", "predict.tta": "[hflip, rot90]", "postprocess.threshold": "auto", "postprocess.min_area": "auto", "postprocess.crf": "trash"}
+    segnb("run", "satellite", "--out", tmp_path / "run", *settings(**two), timeout=1800)
+    segnb("bundle", tmp_path / "run", "--out", tmp_path / "bundle")
+    report = verify_bundle(tmp_path / "bundle", borrow=True, train=True)
+    assert report.ok, report.text()
+
+
+def test_starting_weights_travel(tmp_path):
+    "The bundle holds the encoder that a fit began with, adapted to its channels"
+    run = untrained(tmp_path)
+    encoder = new_model(run.recipe, run.recipe.models[0], run.pack()).net.encoder
+    save_weights(encoder, tmp_path / "published.safetensors")
+    other = Run(run.folder)
+    entry = other.recipe.models[0].model_copy(update={"encoder_weights": str(tmp_path / "published.safetensors")})
+    other.recipe = other.recipe.model_copy(update={"models": [entry], "seed": 5})
+    write_start(other, "small", tmp_path / "start.safetensors")
+    assert (tmp_path / "start.safetensors").read_bytes() == (tmp_path / "published.safetensors").read_bytes()
+    assert start_weights(other) == {"small": "published.safetensors"} and start_weights(run) == {}
 
 
 @pytest.mark.full
