@@ -10,7 +10,7 @@ __all__ = ['IMAGENET', 'LONG', 'LOOP', 'ONE_IMAGE', 'fold_rows', 'normalisation'
            'fit_here', 'fit_process', 'fit_in_group', 'record_fit', 'load_fold', 'load_fit', 'learn_labels', 'teach',
            'clear_rounds', 'plot_curve', 'validation_pictures']
 
-# %% ../nbs/30_train.ipynb #c19c317d
+# %% ../nbs/30_train.ipynb #1897edf0
 import gc, math, os, shutil, time
 from pathlib import Path
 from typing import Callable, Iterator
@@ -31,7 +31,7 @@ from .models import SegModel, build_model
 from .optim import build_optimiser
 from .pack import Pack, TrainDataset, make_loader
 from .pipeline import STAGES, Run, Task, edit_manifest, read_manifest, task_parts, written
-from .predict import AUTOCAST, Predictor, predict_stream
+from .predict import AUTOCAST, Predictor, keep_memory, predict_stream
 from .pseudo import PseudoLabels, PseudoSampling, WithPseudo, make_labels, places_for, unknown_value, unlabelled_rows
 from .recipe import Model, Recipe, Train
 from .sampling import build_sampling
@@ -391,9 +391,10 @@ def fit_round(run: Run, model: str, fold: int, round: int) -> dict:
     run.reload()
     return read_json(fit.folder / "fit.json")
 
-# %% ../nbs/30_train.ipynb #f61ee659
+# %% ../nbs/30_train.ipynb #ab4234a3
 def fit_here(fit: Fit, started: float) -> dict:
     "The part of this process in a fit"
+    if fit.device.type == "cpu": keep_memory()
     learn_labels(fit)
     entry = decide(fit, started)
     key = fit_key(fit, entry)
