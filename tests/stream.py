@@ -21,6 +21,7 @@ from segnb.figures import new_figure, save_figure, use_style
 from segnb.files import read_json, write_json
 from segnb.masks import rle_decode
 from segnb.pipeline import Run
+from segnb.predict import keep_memory
 from segnb.sample import draw_sample
 from segnb.speed import plain_predict, take_turns
 from segnb.store import MaskStore, MaskWriter
@@ -94,6 +95,7 @@ def compare(run, tiles, batch=16):
             pd.DataFrame({"img_id": samples.image_id[part], "mask_rle": [text or -1 for text in texts]}).to_csv(Path(folder) / "plain.csv", index=False)
             return [rle_decode(text, pack.shape(i)) for i, text in zip(part, texts)]
         def ours(part):
+            keep_memory()
             writer = MaskWriter(Path(folder) / f"masks {part[0]}", {"at": time.time()})
             _write_masks(run, predictor, writer, part, decision, {})
             writer.close()

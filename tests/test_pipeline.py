@@ -29,6 +29,14 @@ def finished(tiny, tmp_path_factory):
     return folder, segnb("run", *tiny, "--out", folder)
 
 
+@pytest.fixture(scope="module")
+def checked(tiny, tmp_path_factory):
+    "A function that starts a run whose data is checked and split already, and looked at by no stage"
+    folder = tmp_path_factory.mktemp("runs") / "checked"
+    segnb("run", *tiny, "--out", folder, "--to", "check")
+    return lambda out: shutil.copytree(folder, out)
+
+
 @pytest.mark.quick
 @pytest.mark.parametrize("stage", NOTEBOOKS, ids=lambda s: s.name)
 def test_parameters_of_stage_notebooks(stage):
@@ -107,14 +115,8 @@ def truncated(image, folder):
     return path
 
 
-def straight(*arguments):
-    "Run without the stages that only look"
-    segnb("run", *arguments, "--to", "check")
-    return segnb("run", *arguments, "--from", "train")
-
-
-def test_workers_change_nothing(finished, tiny, tmp_path):
-    straight(*tiny, "--out", tmp_path / "two", "--set", "train.workers=2")
+def test_workers_change_nothing(finished, checked, tiny, tmp_path):
+    segnb("run", *tiny, "--out", checked(tmp_path / "two"), "--from", "train", "--set", "train.workers=2")
     assert (tmp_path / "two/submission.csv").read_bytes() == (finished[0] / "submission.csv").read_bytes()
     assert content(tmp_path / "two", "models/**/*.safetensors") == content(finished[0], "models/**/*.safetensors")
 
@@ -137,13 +139,12 @@ def family(process):
     return psutil.Process(process.pid).children(recursive=True)
 
 
-def test_a_killed_or_interrupted_fit_continues_to_the_same_submission(tiny, tmp_path):
+def test_a_killed_or_interrupted_fit_continues_to_the_same_submission(checked, tiny, tmp_path):
     "SIGKILL in the middle of a fit, then Ctrl-C in the middle of the rest, then to the end; against a run that nobody touched"
     longer = [*tiny, *settings(**{"train.epochs": 6, "train.epoch_scale": 4, "folds.use": "[0]"})]
-    straight(*longer, "--out", tmp_path / "whole")
-    segnb("run", *longer, "--out", tmp_path / "cut", "--to", "check")
+    segnb("run", *longer, "--out", checked(tmp_path / "whole"), "--from", "train")
+    folder = checked(tmp_path / "cut")
     for name, code in (("SIGKILL", -9), ("SIGINT", 130)):
-        folder = tmp_path / "cut"
         checkpoint = folder / "models/small/fold0/last.ckpt"
         before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
         process = start("run", *longer, "--out", folder, "--from", "train")
@@ -176,17 +177,15 @@ def test_the_road_of_each_competition(name, tmp_path):
 
 
 @pytest.mark.full
-def test_ten_kills_at_random_instants_ten_identical_submissions(tiny, tmp_path):
+def test_ten_kills_at_random_instants_ten_identical_submissions(checked, tiny, tmp_path):
     "Two folds, killed once at an instant drawn over the whole of the road, ten times over"
     longer = [*tiny, *settings(**{"train.epochs": 4, "train.epoch_scale": 4, "train.ema": .9, "train.accumulate": 2, "train.workers": 1, "train.checkpoint_minutes": .02})]
-    segnb("run", *longer, "--out", tmp_path / "start", "--to", "check")
-    shutil.copytree(tmp_path / "start", tmp_path / "whole")
-    began = time.time()
-    segnb("run", *longer, "--out", tmp_path / "whole", "--from", "train")
-    seconds, whole = time.time() - began, content(tmp_path / "whole", "submission.csv", "scores.json", "models/*/*/best.safetensors")
+    began, whole = time.time(), checked(tmp_path / "whole")
+    segnb("run", *longer, "--out", whole, "--from", "train")
+    seconds, whole = time.time() - began, content(whole, "submission.csv", "scores.json", "models/*/*/best.safetensors")
     draw, kills = random.Random(0), 0
     for k in range(30):   # one that ended before its instant does not count
-        folder = shutil.copytree(tmp_path / "start", tmp_path / f"cut{k}")
+        folder = checked(tmp_path / f"cut{k}")
         process = start("run", *longer, "--out", folder, "--from", "train")
         try: process.wait(draw.uniform(.02, .9) * seconds)
         except subprocess.TimeoutExpired:
@@ -239,10 +238,9 @@ def test_a_failed_stage_is_kept_and_named(finished, tiny, tmp_path):
     assert (folder / "submission.csv").read_bytes() == (finished[0] / "submission.csv").read_bytes()
 
 
-def test_one_run_folder_one_process(tiny, tmp_path):
+def test_one_run_folder_one_process(checked, tiny, tmp_path):
     fcntl = pytest.importorskip("fcntl")
-    segnb("run", *tiny, "--out", tmp_path / "a", "--to", "check")
-    with open(tmp_path / "a/.lock", "w") as lock:
+    with open(checked(tmp_path / "a") / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert "Another process" in segnb("run", *tiny, "--out", tmp_path / "a", "--to", "check", code=1).stderr
 

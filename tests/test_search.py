@@ -134,6 +134,7 @@ def wait_for(condition, seconds=200):
         time.sleep(.05)
 
 
+@pytest.mark.full
 def test_two_processes_search_together_and_one_is_killed(fake, tmp_path):
     "The survivor takes over the trial that the dead one held; no trial is lost, none is done twice"
     import pandas as pd
@@ -149,6 +150,7 @@ def test_two_processes_search_together_and_one_is_killed(fake, tmp_path):
     assert {n for n in names if names.count(n) > 1} <= {held} and len(set(names)) == 8
 
 
+@pytest.mark.full
 def test_jobs_share_the_trials_and_end_with_their_parent(fake, tmp_path, monkeypatch):
     import pandas as pd, psutil
     finish(fake(TUNE, tmp_path / "study", tmp_path, 6, 2))
@@ -163,6 +165,7 @@ def test_jobs_share_the_trials_and_end_with_their_parent(fake, tmp_path, monkeyp
     assert psutil.wait_procs(workers, timeout=15)[1] == []
 
 
+@pytest.mark.full
 def test_a_sweep_is_shared_too(fake, tmp_path):
     finish(fake(SWEEP, tmp_path / "sweep", tmp_path, 2))
     rows = fake.rows()

@@ -184,6 +184,7 @@ def test_every_room_is_wired_and_survives_a_stop(start, monkeypatch):
         assert curve(other).loss.tolist() != curve(whole).loss.tolist(), key
 
 
+@pytest.mark.full
 def test_a_group_that_runs_out_of_memory_is_started_anew(start, capsys):
     run = start("group", train__devices=2)
     hook = run.folder / "hook"
