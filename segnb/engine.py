@@ -326,10 +326,11 @@ def in_halves(f: Callable[[list], list], items: list) -> list:
     if torch.cuda.is_available(): torch.cuda.empty_cache()
     return in_halves(f, items[:len(items) // 2]) + in_halves(f, items[len(items) // 2:])
 
-# %% ../nbs/34_engine.ipynb #b5dcbe17
+# %% ../nbs/34_engine.ipynb #20f56c2a
 def _on_validation_epoch_start(self):
     sync_buffers(self.model, self.job.share)
-    self.predictor = Predictor(self.model, self.recipe.predict.plain(), task=self.recipe.task, device=self.device, memory_format=self.job.memory_format)
+    self.predictor = Predictor(self.model, self.recipe.predict.plain(), task=self.recipe.task, device=self.device, precision=self.job.precision,
+                               memory_format=self.job.memory_format)
     self.found, self.shown = [], []
 
 def _validation_step(self, batch, _):
