@@ -346,7 +346,7 @@ class Recipe(Section):
         for wrong in disagreements(self): raise ValueError(wrong)
         return self
 
-# %% ../nbs/00_recipe.ipynb #f0fdccbd
+# %% ../nbs/00_recipe.ipynb #1439505c
 def disagreements(recipe: Recipe) -> list[str]:
     "What the sections of a recipe say against each other"
     found, n = [], len(recipe.classes)
@@ -354,6 +354,8 @@ def disagreements(recipe: Recipe) -> list[str]:
     if recipe.task == "binary" and n != 1: found.append(f"a binary task has one class, the foreground: classes lists {n}")
     if recipe.task == "multiclass" and n < 2: found.append("a multiclass task lists at least two classes, background first")
     if recipe.task == "multiclass" and n > 256: found.append(f"classes lists {n} names, and a mask, a byte a pixel, tells 256 apart: join some of them")
+    if recipe.task != "multiclass" and recipe.data.ignore_index in (0, 1):
+        found.append(f"data.ignore_index {recipe.data.ignore_index} is what a {recipe.task} mask holds: nothing would be learned, choose another, such as 255")
     if len(set(recipe.classes)) < n: found.append("classes lists a name twice")
     if len(set(models)) < len(models): found.append("models lists a name twice: each needs a folder of its own")
     if isinstance(folds.use, list) and any(not 0 <= k < max(folds.n, 1) for k in folds.use):
