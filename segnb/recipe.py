@@ -123,7 +123,7 @@ class Augment(Section):
     size: Size = (256, 256)      # what the network is trained on
     options: dict[str, Any] = {}
 
-# %% ../nbs/00_recipe.ipynb #a72f747c
+# %% ../nbs/00_recipe.ipynb #bc9d192d
 class Sampling(Section):
     "Which training images are drawn, how often, and what their crops must show (room `23_sampling`)"
     classes: Literal["any"] | list[str | int] = "any"   # what counts here: all but the background, or these by name or number
@@ -135,7 +135,7 @@ class Sampling(Section):
 
 class Model(Section):
     "One network; `precision` and what follows it are filled in by the probe and then repeated"
-    name: str = Field(pattern=r"^[\w.-]+$")
+    name: str = Field(pattern=r"^\w[\w.-]*$")  # of its folder too
     arch: str = "Unet"
     encoder: str = "resnet34"
     encoder_weights: str | None = "recipe"     # 'recipe': as the recipe says; else as there
