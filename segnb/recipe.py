@@ -509,7 +509,7 @@ def weights_file(source: str | Path | None) -> Path | None:
     text = str(source or "")
     return Path(source) if Path(text).suffix or os.sep in text or "/" in text else None
 
-# %% ../nbs/00_recipe.ipynb #a71b86df
+# %% ../nbs/00_recipe.ipynb #2e582b0d
 PATHS = ["data.root", "data.cache", "folds.file", "encoder_weights", "ensemble.runs", "ensemble.submissions", "pseudo.folders"]
 
 def _absolute(layer, folder):
@@ -522,6 +522,7 @@ def _absolute(layer, folder):
     models = layer.get("models")
     for model in models.values() if isinstance(models, dict) else models or []:
         if isinstance(model, dict) and "encoder_weights" in model: model["encoder_weights"] = _resolve(model["encoder_weights"], folder, "encoder_weights")
+    if isinstance(layer.get("timed"), dict): layer["timed"] = _absolute(expand(layer["timed"]), folder)
     return layer
 
 def _resolve(value, folder, key):
