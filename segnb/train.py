@@ -96,7 +96,7 @@ def candidates(device: torch.device, precision: str, memory_format: str) -> list
     return [(p if precision == "auto" else precision, m) for p, m in dict.fromkeys(
         (p if precision == "auto" else precision, m if memory_format == "auto" else memory_format) for p, m in pairs)]
 
-# %% ../nbs/30_train.ipynb #aab29d1b
+# %% ../nbs/30_train.ipynb #9b3254c3
 def to_device(batch: dict, device: torch.device) -> dict:
     "The tensors of a batch on `device`"
     return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
@@ -114,7 +114,7 @@ def seconds_of(act: Callable, device: torch.device) -> float:
     "How long `act` takes, until the device is done"
     start = time.perf_counter()
     act()
-    if device.type == "cuda": torch.cuda.synchronize(device)
+    if device.type != "cpu": getattr(torch, device.type).synchronize()
     return time.perf_counter() - start
 
 # %% ../nbs/30_train.ipynb #351da0c6
