@@ -419,7 +419,7 @@ def fit_process(folder: str, model: str, fold: int, started: float | None = None
     if best_device().type == "cpu": torch.set_num_threads(max(1, n_cores() // place.here))
     with joined(place): fit_here(Fit(run, model, fold, place, round), started or time.monotonic())
 
-# %% ../nbs/30_train.ipynb #2e794810
+# %% ../nbs/30_train.ipynb #6331f35a
 def fit_in_group(folder: str | Path, model: str = "", fold: int = 0) -> dict:
     "What each process does that torchrun or srun started: the fit, and its record in the run, which `segnb run` then finds up to date"
     run, started = Run(folder), time.monotonic()
@@ -434,7 +434,7 @@ def fit_in_group(folder: str | Path, model: str = "", fold: int = 0) -> dict:
             try: result = fit_here(fit, time.monotonic())
             except Exception as error:
                 if not out_of_memory(error) or place.world == 1: raise
-                halve(fit, next(m for m in Run(folder).recipe.models if m.name == fit.entry.name))
+                halve(fit, fit.entry)   # as it was when all began: several may run out, and halve once
                 raise SegnbError(f"{fit.label}: memory ran out. The run remembers to cut its batches: start the same processes again, the fit continues.") from None
         if not place.rank: record_fit(run, fit.entry.name, fold, started)
     return result
