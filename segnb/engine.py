@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['THRESHOLDS', 'RESULTS', 'Plan', 'Share', 'FitBatches', 'to_target', 'batch_loss', 'Job', 'Watch', 'save_culprit',
            'FitModule', 'part_weight', 'image_counts', 'best_score', 'WholeImages', 'as_list', 'valid_loader',
-           'out_of_memory', 'in_halves', 'sync_buffers', 'gather_counts', 'AllSum', 'SharedNorm', 'share_norms',
-           'Averager', 'ema_decay', 'Ema', 'Swa', 'recompute_statistics', 'statistics_batches', 'build_averager',
-           'read_checkpoint', 'candidate', 'promote', 'clear', 'save_weights', 'plain_mask', 'Keeper', 'Among',
-           'make_trainer', 'train_job']
+           'sync_buffers', 'gather_counts', 'AllSum', 'SharedNorm', 'share_norms', 'Averager', 'ema_decay', 'Ema',
+           'Swa', 'recompute_statistics', 'statistics_batches', 'build_averager', 'read_checkpoint', 'candidate',
+           'promote', 'clear', 'save_weights', 'plain_mask', 'Keeper', 'Among', 'make_trainer', 'train_job']
 
 # %% ../nbs/34_engine.ipynb #7a744969
 import json, logging, math, time, warnings
@@ -312,21 +311,7 @@ def valid_loader(job: Job) -> DataLoader:
     batches = [list(range(i, min(i + size, len(rows)))) for i in range(0, len(rows), size)]
     return DataLoader(WholeImages(job.pack, rows), batch_sampler=batches or [[]], collate_fn=as_list)
 
-# %% ../nbs/34_engine.ipynb #eba6e3b3
-def out_of_memory(error: BaseException) -> bool:
-    "Is this error about memory, of a GPU or of the machine?"
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (isinstance(error, RuntimeError) and any(
-        words in str(error) for words in ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")))
-
-def in_halves(f: Callable[[list], list], items: list) -> list:
-    "`f` of all items at once, or of halves of them where memory does not suffice"
-    try: return f(items)
-    except Exception as error:
-        if not out_of_memory(error) or len(items) < 2: raise
-    if torch.cuda.is_available(): torch.cuda.empty_cache()
-    return in_halves(f, items[:len(items) // 2]) + in_halves(f, items[len(items) // 2:])
-
-# %% ../nbs/34_engine.ipynb #20f56c2a
+# %% ../nbs/34_engine.ipynb #38481b3d
 def _on_validation_epoch_start(self):
     sync_buffers(self.model, self.job.share)
     self.predictor = Predictor(self.model, self.recipe.predict.plain(), task=self.recipe.task, device=self.device, precision=self.job.precision,
@@ -334,7 +319,7 @@ def _on_validation_epoch_start(self):
     self.found, self.shown = [], []
 
 def _validation_step(self, batch, _):
-    for (row, image, mask), probs in zip(batch, in_halves(self.predictor, [image for _, image, _ in batch]) if batch else []):
+    for (row, image, mask), probs in zip(batch, self.predictor([image for _, image, _ in batch])):
         self.found.append((row, image_counts(probs, mask, self.recipe)))
         if self.job.tracker and len(self.shown) < 4: self.shown.append((row, image, mask, probs))
 

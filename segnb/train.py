@@ -10,7 +10,7 @@ __all__ = ['IMAGENET', 'LONG', 'LOOP', 'ONE_IMAGE', 'fold_rows', 'normalisation'
            'fit_here', 'fit_process', 'fit_in_group', 'record_fit', 'load_fold', 'load_fit', 'learn_labels', 'teach',
            'clear_rounds', 'plot_curve', 'validation_pictures']
 
-# %% ../nbs/30_train.ipynb #c19c317d
+# %% ../nbs/30_train.ipynb #711f5041
 import gc, math, os, shutil, time
 from pathlib import Path
 from typing import Callable, Iterator
@@ -20,8 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from .augment import recipe_augment
-from .engine import (FitBatches, Job, Plan, Share, batch_loss, image_counts, out_of_memory, plain_mask, read_checkpoint, share_norms,
-                          train_job)
+from .engine import FitBatches, Job, Plan, Share, batch_loss, image_counts, plain_mask, read_checkpoint, share_norms, train_job
 from .figures import class_colors, new_figure, overlay, picture_grid, to_rgb
 from .files import DataError, RecipeError, SegnbError, read_json, sha256_file, write_json
 from .launch import Place, find_place, joined, launch, slowest
@@ -31,7 +30,7 @@ from .models import SegModel, build_model
 from .optim import build_optimiser
 from .pack import Pack, TrainDataset, make_loader
 from .pipeline import STAGES, Run, Task, edit_manifest, read_manifest, task_parts, written
-from .predict import AUTOCAST, Predictor, predict_stream
+from .predict import AUTOCAST, Predictor, out_of_memory, predict_stream
 from .pseudo import PseudoLabels, PseudoSampling, WithPseudo, make_labels, places_for, unknown_value, unlabelled_rows
 from .recipe import Model, Recipe, Train
 from .sampling import build_sampling
