@@ -193,14 +193,14 @@ def dense_crf(image: np.ndarray,         # (H, W, 3) uint8 RGB, as stored
     for k in range(0, c, group): out[k:k + group] = field(np.ascontiguousarray(flat[:, k:k + group]), message, steps).T
     return out.reshape(c, h, w)
 
-# %% ../nbs/41_crf.ipynb #ff331bd7
+# %% ../nbs/41_crf.ipynb #f60cc40b
 def check_crf_input(image: np.ndarray, probs: np.ndarray):
     "ValueError where an image is not the stored one, or does not fit the probabilities"
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise ValueError(f"dense_crf wants the image as stored, (H, W, 3) uint8, not {image.shape} {image.dtype}: `segnb.figures.to_rgb` makes one of any bands")
     if probs.ndim != 3 or probs.shape[1:] != image.shape[:2]:
         raise ValueError(f"probs are {probs.shape} and the image is {image.shape}: (C, H, W) and (H, W, 3) of the same size are wanted")
-    if not (probs.min() >= 0 and probs.max() <= 1): raise ValueError("probs must lie in 0..1 and hold no NaN: give probabilities, not logits")
+    if not (probs.min() >= 0 and probs.max() <= 1 + SURE): raise ValueError("probs must lie in 0..1 and hold no NaN: give probabilities, not logits")
 
 # %% ../nbs/41_crf.ipynb #207777fc
 def crf_bytes(pixels: int, n_classes: int) -> int:

@@ -295,7 +295,7 @@ def _rgb(data, picture):
     if picture.mode.startswith(("I", "F")): return np.repeat(np.asarray(picture)[..., None], 3, 2)
     return np.asarray(picture.convert("RGB"))
 
-# %% ../nbs/02_data.ipynb #ef2bae6c
+# %% ../nbs/02_data.ipynb #1286abe4
 logging.getLogger("tifffile").addHandler(logging.NullHandler())   # what it grumbles about is either harmless or becomes a `Fault`
 
 def _tiff(data):
@@ -305,8 +305,10 @@ def _tiff(data):
         said = re.search(r'"shape": \[([\d, ]+)\]', page.description)
         if said and math.prod(map(int, said[1].split(","))) != series.size: raise ValueError("truncated: pages are missing")
         shape, axis = tiff_layout(series.shape, series.axes)
-        if axis is None and page.photometric in (0, 3): array = np.asarray(_shown(Image.open(io.BytesIO(data))))
+        reverse, deep = axis is None and page.photometric == 0, page.bitspersample > 8
+        if reverse and not deep or axis is None and page.photometric == 3: array = np.asarray(_shown(Image.open(io.BytesIO(data))))
         else: array = _tiff_array(data, series).reshape(shape)
+        if reverse and deep and array.dtype.kind == "u": array = np.iinfo(array.dtype).max - array   # Pillow does that for 8 bits only
         if axis is not None: array = np.moveaxis(array, axis, -1)
         return array if array.ndim == 3 else array[..., None], _tiff_orientation(page)
 

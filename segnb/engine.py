@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['THRESHOLDS', 'RESULTS', 'Plan', 'Share', 'FitBatches', 'to_target', 'batch_loss', 'Job', 'Watch', 'save_culprit',
            'FitModule', 'part_weight', 'image_counts', 'best_score', 'WholeImages', 'as_list', 'valid_loader',
-           'out_of_memory', 'in_halves', 'sync_buffers', 'gather_counts', 'AllSum', 'SharedNorm', 'share_norms',
-           'Averager', 'ema_decay', 'Ema', 'Swa', 'recompute_statistics', 'statistics_batches', 'build_averager',
-           'read_checkpoint', 'candidate', 'promote', 'clear', 'save_weights', 'plain_mask', 'Keeper', 'make_trainer',
-           'train_job']
+           'sync_buffers', 'gather_counts', 'AllSum', 'SharedNorm', 'share_norms', 'Averager', 'ema_decay', 'Ema',
+           'Swa', 'recompute_statistics', 'statistics_batches', 'build_averager', 'read_checkpoint', 'candidate',
+           'promote', 'clear', 'save_weights', 'plain_mask', 'Keeper', 'Among', 'make_trainer', 'train_job']
 
-# %% ../nbs/34_engine.ipynb #75856bec
+# %% ../nbs/34_engine.ipynb #7a744969
 import json, logging, math, time, warnings
 from collections import deque
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ import numpy as np
 import pandas as pd
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from safetensors.torch import save
 from torch import nn
@@ -312,28 +311,15 @@ def valid_loader(job: Job) -> DataLoader:
     batches = [list(range(i, min(i + size, len(rows)))) for i in range(0, len(rows), size)]
     return DataLoader(WholeImages(job.pack, rows), batch_sampler=batches or [[]], collate_fn=as_list)
 
-# %% ../nbs/34_engine.ipynb #eba6e3b3
-def out_of_memory(error: BaseException) -> bool:
-    "Is this error about memory, of a GPU or of the machine?"
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (isinstance(error, RuntimeError) and any(
-        words in str(error) for words in ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")))
-
-def in_halves(f: Callable[[list], list], items: list) -> list:
-    "`f` of all items at once, or of halves of them where memory does not suffice"
-    try: return f(items)
-    except Exception as error:
-        if not out_of_memory(error) or len(items) < 2: raise
-    if torch.cuda.is_available(): torch.cuda.empty_cache()
-    return in_halves(f, items[:len(items) // 2]) + in_halves(f, items[len(items) // 2:])
-
-# %% ../nbs/34_engine.ipynb #b5dcbe17
+# %% ../nbs/34_engine.ipynb #38481b3d
 def _on_validation_epoch_start(self):
     sync_buffers(self.model, self.job.share)
-    self.predictor = Predictor(self.model, self.recipe.predict.plain(), task=self.recipe.task, device=self.device, memory_format=self.job.memory_format)
+    self.predictor = Predictor(self.model, self.recipe.predict.plain(), task=self.recipe.task, device=self.device, precision=self.job.precision,
+                               memory_format=self.job.memory_format)
     self.found, self.shown = [], []
 
 def _validation_step(self, batch, _):
-    for (row, image, mask), probs in zip(batch, in_halves(self.predictor, [image for _, image, _ in batch]) if batch else []):
+    for (row, image, mask), probs in zip(batch, self.predictor([image for _, image, _ in batch])):
         self.found.append((row, image_counts(probs, mask, self.recipe)))
         if self.job.tracker and len(self.shown) < 4: self.shown.append((row, image, mask, probs))
 
@@ -657,7 +643,21 @@ def _tell(self, trainer, module):
 
 Keeper.write_rows, Keeper.tell = _write_rows, _tell
 
-# %% ../nbs/34_engine.ipynb #ae0f3c66
+# %% ../nbs/34_engine.ipynb #e583ea2e
+class Among(LightningEnvironment):
+    "This process among those of a job"
+    creates_processes_externally = True
+    def __init__(self, job: Job):
+        super().__init__()
+        self.share, self.device, self.here = job.share, job.device, job.share.world // job.nodes
+
+    def global_rank(self) -> int: return self.share.rank
+    def local_rank(self) -> int: return self.device.index or 0
+    def node_rank(self) -> int: return self.share.rank // self.here
+    def set_global_rank(self, rank: int): "It is known"
+    def teardown(self): "The environment is not Lightning's"
+
+# %% ../nbs/34_engine.ipynb #e1b44cfe
 def make_trainer(job: Job, epochs: int, callbacks: list[Callback]) -> L.Trainer:
     "Lightning, told to keep quiet: progress and files are the Keeper's"
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -668,7 +668,7 @@ def make_trainer(job: Job, epochs: int, callbacks: list[Callback]) -> L.Trainer:
                            process_group_backend="gloo" if job.device.type == "cpu" else None) if many else "auto"
     return L.Trainer(max_epochs=epochs, accelerator=job.device.type, devices=job.share.world // job.nodes if many else 1, num_nodes=job.nodes if many else 1,
                      strategy=strategy, sync_batchnorm=many and job.device.type == "cuda", precision=precision,
-                     plugins=[SLURMEnvironment(auto_requeue=False)] if many and SLURMEnvironment.detect() else None,
+                     plugins=[Among(job)] if many else None,
                      accumulate_grad_batches=config.train.accumulate * job.share.split, gradient_clip_val=config.optim.clip, callbacks=callbacks,
                      logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
                      use_distributed_sampler=False)

@@ -30,12 +30,12 @@ def norm_pairs(net: nn.Module, example: torch.Tensor) -> list[tuple[str, str]]: 
     finally: [hook.remove() for hook in hooks]
     return [pair for pair in pairs if calls[pair[0]] == calls[pair[1]] == 1]
 
-# %% ../nbs/38_fast.ipynb #f30d2046
+# %% ../nbs/38_fast.ipynb #508f8e01
 def fold_norms(net: nn.Module,          # in eval mode
                example: torch.Tensor,   # (1, C, H, W) any pixels
               ) -> nn.Module:           # a copy; `net` itself where that would change what it says
     "`net` with its BatchNorms inside the convolutions before them"
-    folded = copy.deepcopy(net)
+    folded, example = copy.deepcopy(net), example.to(next(net.parameters()).device)
     for conv, norm in norm_pairs(folded, example):
         old = folded.get_submodule(norm)
         # timm's norms have dropout, which does nothing here, and the activation behind them

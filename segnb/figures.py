@@ -279,7 +279,7 @@ def picture_grid(pictures: Sequence[np.ndarray],         # (H, W, 3) or (H, W) u
     if len(classes): add_legend(fig, classes, class_colors(len(classes)) if colors is None else colors, skip=skip, ignored=ignored)
     return fig
 
-# %% ../nbs/09_figures.ipynb #40d2d081
+# %% ../nbs/09_figures.ipynb #d00bf19b
 def save_figure(fig: Figure,
                 path: str | Path,                  # of the PNG
                 table: pd.DataFrame | None = None, # what the figure shows: saved as CSV beside it
@@ -296,4 +296,4 @@ def save_figure(fig: Figure,
 def _forget(fig):
     "Close `fig` if it is one of pyplot's; in a notebook the cell does that after showing it"
     pyplot = sys.modules.get("matplotlib.pyplot")
-    if pyplot and "inline" not in matplotlib.get_backend(auto_select=False): pyplot.close(fig)
+    if pyplot and "inline" not in (matplotlib.get_backend(auto_select=False) or ""): pyplot.close(fig)

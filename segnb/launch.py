@@ -41,7 +41,7 @@ def started_place(environment: Mapping[str, str]) -> Place | None:
     if {"SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_ID"} <= e.keys() and int(e.get("SLURM_NTASKS", 1)) > 1:
         return Place(int(e["SLURM_PROCID"]), int(e["SLURM_NTASKS"]), int(e["SLURM_LOCALID"]), int(e.get("SLURM_NNODES", 1)))
 
-# %% ../nbs/35_launch.ipynb #bddd801c
+# %% ../nbs/35_launch.ipynb #4430882b
 def find_place(train: Train, environment: Mapping[str, str], gpus: int) -> tuple[Place, bool]:
     "This process's place, and whether its group must be started first. `RecipeError` where recipe and processes disagree"
     place, nodes = started_place(environment), train.nodes
@@ -50,6 +50,9 @@ def find_place(train: Train, environment: Mapping[str, str], gpus: int) -> tuple
         if (place.world, place.nodes) != (devices * nodes, nodes):
             raise RecipeError(f"This is one of {place.world} processes on {place.nodes} machines, and the recipe says train.devices {train.devices} and "
                               f"train.nodes {nodes}: start as many as it says, or change the recipe.")
+        if 0 < gpus < place.here:
+            raise RecipeError(f"{place.here} processes were started on this machine, and this one sees {gpus} GPU{'s' * (gpus > 1)}: let each see all of them "
+                              "(srun without --gpus-per-task), or start fewer.")
         return place, False
     if nodes > 1:
         raise RecipeError(f"train.nodes is {nodes}: `segnb fit` must be started on each machine, by srun or `torchrun --nnodes {nodes} --nproc-per-node …`.")

@@ -123,7 +123,7 @@ class Augment(Section):
     size: Size = (256, 256)      # what the network is trained on
     options: dict[str, Any] = {}
 
-# %% ../nbs/00_recipe.ipynb #a72f747c
+# %% ../nbs/00_recipe.ipynb #bc9d192d
 class Sampling(Section):
     "Which training images are drawn, how often, and what their crops must show (room `23_sampling`)"
     classes: Literal["any"] | list[str | int] = "any"   # what counts here: all but the background, or these by name or number
@@ -135,7 +135,7 @@ class Sampling(Section):
 
 class Model(Section):
     "One network; `precision` and what follows it are filled in by the probe and then repeated"
-    name: str = Field(pattern=r"^[\w.-]+$")
+    name: str = Field(pattern=r"^\w[\w.-]*$")  # of its folder too
     arch: str = "Unet"
     encoder: str = "resnet34"
     encoder_weights: str | None = "recipe"     # 'recipe': as the recipe says; else as there
@@ -346,13 +346,16 @@ class Recipe(Section):
         for wrong in disagreements(self): raise ValueError(wrong)
         return self
 
-# %% ../nbs/00_recipe.ipynb #70ce9e18
+# %% ../nbs/00_recipe.ipynb #1439505c
 def disagreements(recipe: Recipe) -> list[str]:
     "What the sections of a recipe say against each other"
     found, n = [], len(recipe.classes)
     models, folds = [m.name for m in recipe.models], recipe.folds
     if recipe.task == "binary" and n != 1: found.append(f"a binary task has one class, the foreground: classes lists {n}")
     if recipe.task == "multiclass" and n < 2: found.append("a multiclass task lists at least two classes, background first")
+    if recipe.task == "multiclass" and n > 256: found.append(f"classes lists {n} names, and a mask, a byte a pixel, tells 256 apart: join some of them")
+    if recipe.task != "multiclass" and recipe.data.ignore_index in (0, 1):
+        found.append(f"data.ignore_index {recipe.data.ignore_index} is what a {recipe.task} mask holds: nothing would be learned, choose another, such as 255")
     if len(set(recipe.classes)) < n: found.append("classes lists a name twice")
     if len(set(models)) < len(models): found.append("models lists a name twice: each needs a folder of its own")
     if isinstance(folds.use, list) and any(not 0 <= k < max(folds.n, 1) for k in folds.use):
@@ -506,7 +509,7 @@ def weights_file(source: str | Path | None) -> Path | None:
     text = str(source or "")
     return Path(source) if Path(text).suffix or os.sep in text or "/" in text else None
 
-# %% ../nbs/00_recipe.ipynb #a71b86df
+# %% ../nbs/00_recipe.ipynb #2e582b0d
 PATHS = ["data.root", "data.cache", "folds.file", "encoder_weights", "ensemble.runs", "ensemble.submissions", "pseudo.folders"]
 
 def _absolute(layer, folder):
@@ -519,6 +522,7 @@ def _absolute(layer, folder):
     models = layer.get("models")
     for model in models.values() if isinstance(models, dict) else models or []:
         if isinstance(model, dict) and "encoder_weights" in model: model["encoder_weights"] = _resolve(model["encoder_weights"], folder, "encoder_weights")
+    if isinstance(layer.get("timed"), dict): layer["timed"] = _absolute(expand(layer["timed"]), folder)
     return layer
 
 def _resolve(value, folder, key):

@@ -10,7 +10,7 @@ __all__ = ['IMAGENET', 'LONG', 'LOOP', 'ONE_IMAGE', 'fold_rows', 'normalisation'
            'fit_here', 'fit_process', 'fit_in_group', 'record_fit', 'load_fold', 'load_fit', 'learn_labels', 'teach',
            'clear_rounds', 'plot_curve', 'validation_pictures']
 
-# %% ../nbs/30_train.ipynb #1897edf0
+# %% ../nbs/30_train.ipynb #8820e45a
 import gc, math, os, shutil, time
 from pathlib import Path
 from typing import Callable, Iterator
@@ -20,8 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from .augment import recipe_augment
-from .engine import (FitBatches, Job, Plan, Share, batch_loss, image_counts, out_of_memory, plain_mask, read_checkpoint, share_norms,
-                          train_job)
+from .engine import FitBatches, Job, Plan, Share, batch_loss, image_counts, plain_mask, read_checkpoint, share_norms, train_job
 from .figures import class_colors, new_figure, overlay, picture_grid, to_rgb
 from .files import DataError, RecipeError, SegnbError, read_json, sha256_file, write_json
 from .launch import Place, find_place, joined, launch, slowest
@@ -31,7 +30,7 @@ from .models import SegModel, build_model
 from .optim import build_optimiser
 from .pack import Pack, TrainDataset, make_loader
 from .pipeline import STAGES, Run, Task, edit_manifest, read_manifest, task_parts, written
-from .predict import AUTOCAST, Predictor, keep_memory, predict_stream
+from .predict import AUTOCAST, Predictor, keep_memory, out_of_memory, predict_stream
 from .pseudo import PseudoLabels, PseudoSampling, WithPseudo, make_labels, places_for, unknown_value, unlabelled_rows
 from .recipe import Model, Recipe, Train
 from .sampling import build_sampling
@@ -96,7 +95,7 @@ def candidates(device: torch.device, precision: str, memory_format: str) -> list
     return [(p if precision == "auto" else precision, m) for p, m in dict.fromkeys(
         (p if precision == "auto" else precision, m if memory_format == "auto" else memory_format) for p, m in pairs)]
 
-# %% ../nbs/30_train.ipynb #aab29d1b
+# %% ../nbs/30_train.ipynb #9b3254c3
 def to_device(batch: dict, device: torch.device) -> dict:
     "The tensors of a batch on `device`"
     return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
@@ -114,7 +113,7 @@ def seconds_of(act: Callable, device: torch.device) -> float:
     "How long `act` takes, until the device is done"
     start = time.perf_counter()
     act()
-    if device.type == "cuda": torch.cuda.synchronize(device)
+    if device.type != "cpu": getattr(torch, device.type).synchronize()
     return time.perf_counter() - start
 
 # %% ../nbs/30_train.ipynb #351da0c6
@@ -420,7 +419,7 @@ def fit_process(folder: str, model: str, fold: int, started: float | None = None
     if best_device().type == "cpu": torch.set_num_threads(max(1, n_cores() // place.here))
     with joined(place): fit_here(Fit(run, model, fold, place, round), started or time.monotonic())
 
-# %% ../nbs/30_train.ipynb #2e794810
+# %% ../nbs/30_train.ipynb #6331f35a
 def fit_in_group(folder: str | Path, model: str = "", fold: int = 0) -> dict:
     "What each process does that torchrun or srun started: the fit, and its record in the run, which `segnb run` then finds up to date"
     run, started = Run(folder), time.monotonic()
@@ -435,7 +434,7 @@ def fit_in_group(folder: str | Path, model: str = "", fold: int = 0) -> dict:
             try: result = fit_here(fit, time.monotonic())
             except Exception as error:
                 if not out_of_memory(error) or place.world == 1: raise
-                halve(fit, next(m for m in Run(folder).recipe.models if m.name == fit.entry.name))
+                halve(fit, fit.entry)   # as it was when all began: several may run out, and halve once
                 raise SegnbError(f"{fit.label}: memory ran out. The run remembers to cut its batches: start the same processes again, the fit continues.") from None
         if not place.rank: record_fit(run, fit.entry.name, fold, started)
     return result

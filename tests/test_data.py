@@ -71,6 +71,9 @@ TIFFS = {   # what is saved, how, what is to be read
     "RGB": (RGB, dict(photometric="rgb"), RGB),
     "float": (STACK[:4].astype(np.float32), {}, STACK[:4].transpose(1, 2, 0).astype(np.float32)),
     "white is zero": (RGB[..., 0], dict(photometric="miniswhite"), 255 - RGB[..., :1]),
+    "white is zero, 16 bits": (STACK[0], dict(photometric="miniswhite"), 65535 - STACK[0][..., None]),
+    "white is zero, the large byte first": (STACK[0], dict(photometric="miniswhite", byteorder=">"), 65535 - STACK[0][..., None]),
+    "the large byte first": (STACK, dict(byteorder=">"), STACK.transpose(1, 2, 0)),
     "big": (STACK, dict(bigtiff=True), STACK.transpose(1, 2, 0)),
 }
 

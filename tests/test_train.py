@@ -1,5 +1,6 @@
 """What a notebook cannot prove of a fit: several processes, kills at any instant, memory that runs out, processes whose parent dies."""
 import json, os, random, re, shutil, signal, subprocess, sys, time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from segnb import train
 from segnb.cli import differing, standing
 from segnb.files import SegnbError
+from segnb.launch import Place
 from segnb.pipeline import STAGES, Run, Task, open_run, reason, run_pipeline, task_parts
 from segnb.sample import draw_sample
 
@@ -182,6 +184,19 @@ def test_every_room_is_wired_and_survives_a_stop(start, monkeypatch):
         other = make(f"doors_{key}", **{key: {**DOORS[key], **value} if isinstance(value, dict) and key != "loss" else value})
         train.fit_fold(other, "small", 0)
         assert curve(other).loss.tolist() != curve(whole).loss.tolist(), key
+
+
+def test_processes_whose_memory_runs_out_halve_the_batches_once(alone, monkeypatch):
+    run = Run(shutil.copytree(alone.folder, alone.folder.with_name("race")))
+
+    def first(fit, started):
+        Run(run.folder).decide("small", split=2)   # the other process did
+        raise MemoryError
+
+    there = {"find_place": lambda *_: (Place(rank=1, world=2), False), "joined": nullcontext, "slowest": lambda place, *seconds: seconds, "fit_here": first}
+    for name, value in there.items(): monkeypatch.setattr(train, name, value)
+    with pytest.raises(SegnbError, match="start the same processes again"): train.fit_in_group(run.folder, "small", 0)
+    assert Run(run.folder).recipe.models[0].split == 2
 
 
 @pytest.mark.full
