@@ -8,7 +8,7 @@ __all__ = ['TUPLES', 'Settings', 'as_setting', 'read_settings', 'version_differe
            'check_data', 'train_rows', 'DecodedPack', 'started_model', 'fit_job', 'retrain', 'use_threads',
            'read_folds', 'keep_some', 'compare_submission', 'mask_figure', 'curves_figure']
 
-# %% ../nbs/51_alone.ipynb #ec457ca4
+# %% ../nbs/51_alone.ipynb #f7c60a88
 import importlib.metadata
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -26,6 +26,7 @@ from .data import FORMATS, Listing, add_sizes, describe, follow_sample, note_rep
 from .engine import Job, Share, train_job
 from .decide import Decision
 from .ensemble import decided_mask
+from .fast import go
 from .figures import to_rgb
 from .files import DataError, SegnbError, atomic_path, parallel_map, read_json, sha256_file
 from .masks import unpack_labels
@@ -110,7 +111,7 @@ def test_rows(recipe: Recipe) -> pd.DataFrame:  # image_id, split, image, height
     if not listing.rows: raise DataError(f"There are no test images below {recipe.data.root}: set data_root to the organiser's folder.")
     return pd.DataFrame(listing.rows)
 
-# %% ../nbs/51_alone.ipynb #68c45354
+# %% ../nbs/51_alone.ipynb #0373e0c9
 def load_network(recipe: Recipe, bundle: str | Path, member: dict) -> SegModel:
     "The network of one fit, with its weights"
     entry = next(m for m in recipe.models if m.name == member["model"])
@@ -123,11 +124,11 @@ def load_ensemble(recipe: Recipe, bundle: str | Path,
                   samples: pd.DataFrame,   # the test rows: batches are made for the largest
                  ) -> Predictor:
     "All members as one; a batch of results takes a quarter of `ensemble.max_ram` at most"
-    members, pixels = read_json(Path(bundle) / "MANIFEST.json")["members"], int((samples.height * samples.width).max())
-    together = max(1, min(recipe.predict.batch_size, int(recipe.ensemble.max_ram * 2**26) // (pixels * recipe.n_classes)))
-    return Predictor([load_network(recipe, bundle, m) for m in members], recipe.predict, together=together,
-                     task=recipe.task, classes=recipe.classes, weights=[m["share"] for m in members], device=best_device(),
-                     precision=[m["precision"] for m in members], memory_format=[m["memory_format"] for m in members])
+    made, pixels = read_json(Path(bundle) / "MANIFEST.json"), int((samples.height * samples.width).max())
+    members, together = made["members"], max(1, min(recipe.predict.batch_size, int(recipe.ensemble.max_ram * 2**26) // (pixels * recipe.n_classes)))
+    return go(made["way"], Predictor([load_network(recipe, bundle, m) for m in members], recipe.predict, together=together,
+                                     task=recipe.task, classes=recipe.classes, weights=[m["share"] for m in members], device=best_device(),
+                                     precision=[m["precision"] for m in members], memory_format=[m["memory_format"] for m in members]))
 
 # %% ../nbs/51_alone.ipynb #de79f995
 def read_ensemble(bundle: str | Path) -> Decision:

@@ -8,16 +8,18 @@ __all__ = ['OPTIONS', 'PLAIN_VIEWS', 'NEVER', 'SKIPPED', 'UNCHECKED', 'PASSING',
            'recipe_choices', 'notebook_texts', 'explanations', 'adapted', 'run_cells', 'names_in', 'package_of',
            'compiled', 'cell', 'component_cells', 'import_cell', 'layout_text', 'first_lines', 'parameters_cell',
            'notebook', 'code_lines', 'distributions_for', 'refuse_other_versions', 'installed_version',
-           'refuse_other_ways', 'members_of', 'start_weights', 'write_start', 'bundle_recipe', 'checked_loss',
-           'checked_augment', 'hardware', 'data_hashes', 'measure', 'peak_bytes', 'environment_text', 'score_text',
-           'intro_text', 'readme_text', 'make_notebooks', 'submissions', 'import_lines_of', 'bundle_run', 'copy_file',
-           'write_manifest', 'sizes', 'refuse_too_large', 'refuse_too_slow', 'pack_zip', 'add_wheels']
+           'refuse_what_is_not_held', 'rules_used', 'way_of', 'members_of', 'start_weights', 'write_start',
+           'bundle_recipe', 'checked_loss', 'checked_augment', 'hardware', 'data_hashes', 'measure', 'peak_bytes',
+           'compiler_name', 'way_text', 'environment_text', 'score_text', 'intro_text', 'readme_text', 'make_notebooks',
+           'submissions', 'import_lines_of', 'bundle_run', 'copy_file', 'write_manifest', 'sizes', 'refuse_too_large',
+           'refuse_too_slow', 'pack_zip', 'add_wheels']
 
-# %% ../nbs/51_bundle.ipynb #cb285aa8
-import ast, importlib.metadata, json, re, sys, time, zipfile
+# %% ../nbs/51_bundle.ipynb #ffcadd2a
+import ast, importlib.metadata, json, re, subprocess, sys, time, zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 import nbformat
+import numpy as np
 import psutil
 import yaml
 from .alone import load_ensemble, read_ensemble, read_settings, test_masks, test_rows
@@ -26,23 +28,28 @@ from .augment import preset_options
 from .decide import Decision
 from .engine import save_weights
 from .ensemble import one_mean, read_decision, shares_of
+from .fast import WAYS
 from .files import RecipeError, SegnbError, read_json, sha256_file, write_bytes, write_json, write_text
 from .losses import asks_balance, check_options, loss_options
 from .narrow import narrowed
 from .pipeline import Run, package_folder, raw_hashes, sides
+from .postprocess import LABEL_RULES
 from .recipe import Named, Recipe, Section
+from .store import MaskStore
 from .train import new_model
 from .transforms import mirror_pairs
 
-# %% ../nbs/51_bundle.ipynb #0ea3eacf
+# %% ../nbs/51_bundle.ipynb #673075c2
 OPTIONS = {"stem.stride": None, "stem.means": False, "stem.adapter": None, "dropout": None, "encoder_options": None}   # of a network, when no model sets them
 
 def bundle_facts(recipe: dict,       # plain values, as in recipe.yaml
                  train: bool,        # for the notebook that trains
+                 way: str,           # of `WAYS`: how the test masks were predicted
+                 rules: Iterable[str],   # of `LABEL_RULES`: what the decision does to masks
                 ) -> Facts:
     "What is known before a notebook of the bundle runs"
     known = {"task": recipe["task"], "config.window": recipe["predict"]["window"], "config.size": recipe["predict"]["size"]}
-    known |= {f"{f}/samples": GIVEN for f in ("wanted_layout", "write_submission")}
+    known |= {f"{f}/samples": GIVEN for f in ("wanted_layout", "write_submission")} | {f"go/how.{key}": value for key, value in WAYS[way]._asdict().items()}
     given = {key for model in recipe["models"] for key in model["options"]}
     for option, value in OPTIONS.items():
         if option.split(".")[0] not in given: known |= {f"{f}/{option}": 0.0 if (f, option) == ("make_net", "dropout") else value for f in ("build_model", "make_net")}
@@ -51,7 +58,7 @@ def bundle_facts(recipe: dict,       # plain values, as in recipe.yaml
     if not mirror_pairs(recipe["classes"]): known |= {"mirror_pairs()": [], "mirrored()": [], "frame.mirror": []}
     same = {key: value for key, value in recipe["models"][0].items() if all(m[key] == value for m in recipe["models"])}
     known |= {f"entry.{key}": value for key, value in same.items()} | {f"job.{key}": same[key] for key in ("precision", "memory_format") if key in same}
-    return Facts({**recipe, "n_classes": len(recipe["classes"])}, known | (train_facts(recipe) if train else {}))
+    return Facts({**recipe, "n_classes": len(recipe["classes"])}, known | (train_facts(recipe) if train else {}), {"LABEL_RULES": rules, "CLASS_RULES": rules})
 
 # %% ../nbs/51_bundle.ipynb #941b5e9e
 def train_facts(recipe: dict) -> dict:
@@ -216,19 +223,21 @@ def names_in(template: str, room: set[str]) -> list[str]:
     code = "\n".join(source for kind, source in run_cells(template) if kind == "code")
     return sorted({n.id for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Name)} & room)
 
-# %% ../nbs/51_bundle.ipynb #3eaaf101
-def package_of(recipe: Recipe, train: bool) -> Package:
+# %% ../nbs/51_bundle.ipynb #6220623c
+def package_of(recipe: Recipe, train: bool, way: str, rules: Iterable[str]) -> Package:
     "segnb's own source, with what this recipe settles"
     sources = {p.stem: p.read_text("utf8") for p in sorted(package_folder().glob("*.py")) if not p.stem.startswith("_")}
     sections = [n.name for n in ast.parse(sources["recipe"]).body if isinstance(n, ast.ClassDef)]
-    return Package("segnb", sources, bundle_facts(recipe.model_dump(mode="json"), train), recipe_choices(recipe),
+    return Package("segnb", sources, bundle_facts(recipe.model_dump(mode="json"), train, way, rules), recipe_choices(recipe),
                    {("recipe", name): ("alone", "Settings") for name in sections})
 
 def compiled(recipe: Recipe, name: str,            # of `TEMPLATES`
              tiff: bool = True,                    # may there be TIFF files in the data?
+             way: str = "as fitted",               # of `WAYS`
+             rules: Iterable[str] = (),            # of `LABEL_RULES`
             ) -> Flat:
     "The definitions that the run cells of a notebook need, under their own names there"
-    template, package = TEMPLATES[name], package_of(recipe, "train" in SIDES[name])
+    template, package = TEMPLATES[name], package_of(recipe, "train" in SIDES[name], way, rules)
     if not tiff: package.facts.known["is_tiff()"] = False
     if name == "train": package.facts.known |= PLAIN_VIEWS
     exported = {room: {name for r, name in package.defined if r == room} for room in ("alone", "submit")}
@@ -341,26 +350,30 @@ def installed_version(name: str) -> str | None:
     try: return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError: return None
 
-# %% ../nbs/51_bundle.ipynb #2d486211
-def refuse_other_ways(run: Run, decision: Decision):
-    "`RecipeError` where the networks or the test masks were made in a way that the notebooks do not hold"
+# %% ../nbs/51_bundle.ipynb #1daa9e25
+def refuse_what_is_not_held(run: Run, decision: Decision):
+    "`RecipeError` where the networks learned from, or the ensemble does, what the notebooks do not hold"
     if run.recipe.pseudo.rounds:
         raise RecipeError(f"The networks in {run.folder} learned from pseudo-labels (pseudo.rounds {run.recipe.pseudo.rounds}), and train.ipynb trains on the organiser's masks alone: "
                           "bundle a run with pseudo.rounds 0.")
     if not one_mean(decision):
         raise RecipeError(f"The ensemble in {run.folder} votes or weighs each class by itself (ensemble.method {run.recipe.ensemble.method}), and a bundle holds a weighted mean: choose "
                           "ensemble.method mean, weighted or greedy.")
-    path = run.path("test_masks", "way.json")
-    if path.exists() and (way := read_json(path)["way"]) != "as fitted":
-        raise RecipeError(f"The test masks in {run.folder} were predicted a faster way ({way}), and a bundle predicts as the networks were fitted: "
-                          f"segnb run {run.folder}/recipe.yaml --out {run.folder} --from ensemble --set predict.fast=false, then bundle.")
+
+def rules_used(decision: Decision) -> list[str]:
+    "The rules that do something to masks"
+    return [name for name in LABEL_RULES if np.any(getattr(decision, name))]
+
+def way_of(run: Run) -> str:  # of `WAYS`
+    "How the networks predicted the masks of the submission"
+    return MaskStore(run.path("test_masks")).records.made_from["from"]["way"]
 
 def members_of(run: Run) -> list[dict]:
     "The networks of the ensemble and what is known of each"
     found, decision, own = [], read_decision(run), {m.name for m in run.recipe.models}
     if others := [name for name, weight in decision.weights.items() if weight and name not in own]:
         raise RecipeError(f"The ensemble in {run.folder} has members that are no models of its recipe ({', '.join(others)}): a bundle holds one run. Leave them out of ensemble, or bundle their own run.")
-    refuse_other_ways(run, decision)
+    refuse_what_is_not_held(run, decision)
     for (model, fold), share in shares_of(run, decision).items():
         made = read_json(run.path("models", model, f"fold{fold}", "fit.json"))
         path = run.path("models", model, f"fold{fold}", "best.safetensors")
@@ -436,15 +449,31 @@ def peak_bytes() -> int:
     except ImportError: return psutil.Process().memory_info().peak_wset   # Windows
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
-# %% ../nbs/51_bundle.ipynb #1405849b
-def environment_text(run: Run, side: str) -> str:
+# %% ../nbs/51_bundle.ipynb #b0d6dc7a
+def compiler_name() -> str:
+    "The C++ compiler that `torch.compile` calls here, and its version"
+    from torch._inductor import config
+    name = next(filter(None, config.cpp.cxx))
+    return subprocess.run([name, "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
+
+def way_text(way: str) -> str:  # of `WAYS`
+    "How the networks predict, and what that needs"
+    how = WAYS[way]
+    if not how.fold: return "The networks predict as they were fitted."
+    said = f"The networks predict the faster way that the run took: {', '.join(['each BatchNorm inside the convolution before it'] + ['in bf16'] * how.half + ['compiled'] * how.compile)}."
+    needs = f"Compiling needs a C++ compiler and the headers of Python (the run: {compiler_name()}), and a minute or two for each network; another compiler may give other last digits."
+    return f"{said} {needs} Without one, write `net` in the place of `torch.compile(…)` in `go`: masks differ at a few borders." if how.compile else said
+
+# %% ../nbs/51_bundle.ipynb #e62eb6a2
+def environment_text(run: Run, side: str, way: str) -> str:
     "Versions and hardware as the reader sees them"
     made, machine = read_json(run.path("environment.json")), hardware(run)
     libraries = ", ".join(f"{name} {version}" for name, was in made["versions"].items() if (version := was or installed_version(name)))
     exact = "the submission comes" if side == "test" else "the weights come"
     threads = f"{machine['threads']} thread{'s' * (machine['threads'] > 1)}"
     return (f"Python {made['python']}, {libraries}; all of it in `requirements.txt`. Made on {machine['cpu']} ({machine['device']}, {threads}, {machine['platform']}). "
-            f"With these versions and the same kind of processor {exact} out the same to the bit. The notebook sets the number of threads itself, and asks no network for anything.")
+            f"With these versions and the same kind of processor {exact} out the same to the bit. The notebook sets the number of threads itself, and asks no network for anything."
+            + (f" {way_text(way)}" if side == "test" else ""))
 
 def score_text(scores: dict) -> str:
     "The cross-validated score as a sentence"
@@ -464,8 +493,8 @@ def intro_text(run: Run, members: list[dict], side: str) -> str:
     classes = ", ".join(recipe.classes[:12]) + (f" and {len(recipe.classes) - 12} more" if len(recipe.classes) > 12 else "")
     return "\n".join([f"{does} A {recipe.task} task: {classes}. {score_text(read_json(run.path('scores.json')))}", "", "| model | network | fits | share |", "|---|---|---|---|", *rows])
 
-# %% ../nbs/51_bundle.ipynb #66252bcc
-def readme_text(title: str, run: Run, members: list[dict]) -> str:
+# %% ../nbs/51_bundle.ipynb #2663cf3a
+def readme_text(title: str, run: Run, members: list[dict], way: str) -> str:
     "README.md of a bundle"
     scores = read_json(run.path("scores.json"))
     spread = [s for s in (scores["ensemble"] or {"folds": {}})["folds"].values() if s is not None]
@@ -486,16 +515,18 @@ def readme_text(title: str, run: Run, members: list[dict]) -> str:
 
 The same to the bit: with these versions, on the same kind of processor ({hardware(run)['cpu']}), `predict.ipynb` makes the submission of the run, and `train.ipynb` its weights; the
 number of threads is set to the run's. Elsewhere, on a GPU or with other versions, last digits differ: masks differ at a few borders, and retrained networks score {near}.
+
+{way_text(way)}
 """
 
-# %% ../nbs/51_bundle.ipynb #c0fce71b
+# %% ../nbs/51_bundle.ipynb #9601fc4a
 def make_notebooks(run: Run, recipe: Recipe, members: list[dict], title: str, data_path: str, names: Iterable[str]) -> dict[str, nbformat.NotebookNode]:
     "The notebooks of `names`, compiled"
-    suffix, made = submissions(run)[0].suffix, {}
+    suffix, way, made = submissions(run)[0].suffix, way_of(run), {}
     tiff = any(name.lower().endswith((".tif", ".tiff")) for name in raw_hashes(run))
     for name in names:
-        side, flat = SIDES[name], compiled(recipe, name, tiff)
-        made[name] = notebook(f"{title}: {name}", intro_text(run, members, side[0]), environment_text(run, side[0]), "\n\n".join(layout_text(run.recipe, s) for s in side),
+        side, flat = SIDES[name], compiled(recipe, name, tiff, way, rules_used(read_decision(run)))
+        made[name] = notebook(f"{title}: {name}", intro_text(run, members, side[0]), environment_text(run, side[0], way), "\n\n".join(layout_text(run.recipe, s) for s in side),
                               parameters_cell(name, data_path, suffix), flat, TEMPLATES[name])
     return made
 
@@ -511,7 +542,7 @@ def import_lines_of(made: Iterable[nbformat.NotebookNode]) -> list[str]:
     cells = [c.source for nb in made for c in nb.cells if c.cell_type == "code"]
     return sorted({line for source in cells for line in source.splitlines() if re.match(r"(import|from) \w", line)})
 
-# %% ../nbs/51_bundle.ipynb #9091bf22
+# %% ../nbs/51_bundle.ipynb #53bf752a
 def bundle_run(folder: str | Path,            # of a finished run
                out: str | Path,               # new folder
                *, title: str = "",
@@ -532,16 +563,16 @@ def bundle_run(folder: str | Path,            # of a finished run
     write_text(out / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120, default_flow_style=None))
     write_text(out / "requirements.txt", "\n".join(distributions_for(import_lines_of(made.values()))) + "\n")
     for name, nb in made.items(): write_text(out / f"{name}.ipynb", nbformat.writes(nb) + "\n")
-    write_text(out / "README.md", readme_text(title, run, members))
+    write_text(out / "README.md", readme_text(title, run, members, way_of(run)))
     return write_manifest(run, out, title, members, starts, submission, made)
 
-# %% ../nbs/51_bundle.ipynb #6821a2ea
+# %% ../nbs/51_bundle.ipynb #3fc00958
 def copy_file(source: Path, target: Path): write_bytes(target, source.read_bytes())
 
 def write_manifest(run: Run, out: Path, title: str, members: list[dict], starts: dict[str, str], submission: Path, made: dict) -> dict:
     "MANIFEST.json: what everything is, and what it was made from"
     report = read_json(run.path("submission.json"))
-    manifest = {"title": title, "recipe": run.recipe.name, "scores": read_json(run.path("scores.json")), "members": members, "start_weights": starts, "hardware": hardware(run),
+    manifest = {"title": title, "recipe": run.recipe.name, "scores": read_json(run.path("scores.json")), "members": members, "way": way_of(run), "start_weights": starts, "hardware": hardware(run),
                 "submission": {"file": submission.name, "sha256": sha256_file(submission), "images": report["images"], "bytes": submission.stat().st_size},
                 "notebooks": {what: {"file": "solution.ipynb", "parameters": {"train_again": True} if what == "train" else {}} if "solution" in made else
                               {"file": f"{what}.ipynb", "parameters": {}} for what in ("predict", "train")},
@@ -585,10 +616,9 @@ def pack_zip(out: Path) -> Path:
             file.writestr(entry, p.read_bytes())
     return path
 
-# %% ../nbs/51_bundle.ipynb #78bf9a6c
+# %% ../nbs/51_bundle.ipynb #ce774e79
 def add_wheels(out: Path):
     "The wheels of requirements.txt, for machines without a network"
-    import subprocess
     done = subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:", "-r", str(out / "requirements.txt"), "-d", str(out / "wheels")],
                           capture_output=True, text=True)
     if done.returncode: raise SegnbError(f"The wheels could not be fetched: {' '.join(done.stderr.split())[-400:]} Try again where pip has a network, or bundle without --wheels.")

@@ -8,9 +8,9 @@ __all__ = ['CELL', 'FUNCTIONS', 'COMPREHENSIONS', 'UNKNOWN', 'GIVEN', 'COMPARE',
            'Facts', 'settle', 'truth', 'Scope', 'scope_of', 'folded', 'line_span', 'block_text', 'branch_edit',
            'without_idle', 'Entry', 'entries', 'without_entries', 'Choice', 'chosen_keys', 'said_names', 'slim_class',
            'Package', 'own_names', 'import_meanings', 'Outside', 'without_own_imports', 'Needed', 'Seen', 'look_at',
-           'signature_annotations', 'stored_into', 'added_to', 'plain_texts', 'own_keys', 'record_reads', 'fields_of',
-           'slim_records', 'slim_fields', 'prefixed', 'same_thing', 'Flat', 'name_all', 'free_name', 'renamed',
-           'quoted', 'room_order', 'flatten', 'import_lines', 'refuse_own_name']
+           'signature_annotations', 'stored_into', 'added_to', 'plain_texts', 'own_keys', 'goes_over', 'record_reads',
+           'fields_of', 'slim_records', 'slim_fields', 'prefixed', 'same_thing', 'Flat', 'name_all', 'free_name',
+           'renamed', 'quoted', 'room_order', 'flatten', 'import_lines', 'refuse_own_name']
 
 # %% ../nbs/51_compile.ipynb #fede7f4a
 import ast, re
@@ -138,7 +138,7 @@ def global_names(node: ast.AST,
     else:
         for part in ast.iter_child_nodes(node): yield from global_names(part, bound, own)
 
-# %% ../nbs/51_compile.ipynb #07ede661
+# %% ../nbs/51_compile.ipynb #deb26f85
 def dotted(node: ast.AST) -> list[str] | None:  # ['self', 'recipe', 'task']; None: it is no such chain
     "A chain of attributes as its names"
     if isinstance(node, ast.Name): return [node.id]
@@ -153,6 +153,7 @@ class Facts:
     "What is known before the code runs; `GIVEN` is known to be there and not None"
     recipe: dict = field(default_factory=dict)   # the effective recipe as plain values
     known: dict = field(default_factory=dict)    # endings of dotted names -> value; 'function/name' holds in that function only
+    keys: dict = field(default_factory=dict)     # name of a registry -> the entries that are asked for, where that is known
 
     def look_up(self, chain: list[str], inside: str = "", aliases: Mapping = {}):
         "The value of a chain, or `UNKNOWN`"
@@ -358,7 +359,7 @@ def without_entries(text: str, found: list[Entry], keep: Callable[[str], bool]) 
     alone = len(kept) == 1 < len(found) and data[found[0].span[0] - 1:found[0].span[0]] + data[found[-1].span[1]:found[-1].span[1] + 1] == b"()"
     return edited(text, [*((stretch, "") for stretch in gone), *([((last, last), ",")] if alone else [])])   # (a, b) without b is (a,)
 
-# %% ../nbs/51_compile.ipynb #65e42ef3
+# %% ../nbs/51_compile.ipynb #e615825f
 @dataclass(frozen=True)
 class Choice:
     "A text in the recipe"
@@ -367,14 +368,13 @@ class Choice:
 
 def chosen_keys(keys: Iterable[str],           # of a registry
                 choices: Iterable[Choice],
-                said: Iterable[str] = (),      # texts in the code that is kept
-               ) -> set[str]:                  # empty: neither the recipe nor the code names one, so data does
-    "The entries of a registry that can be asked for: those that the recipe chooses, or else those that the code names"
+               ) -> set[str]:
+    "The entries of a registry that the recipe chooses"
     keys, picked = list(keys), set()
     match = lambda value: min((k for k in keys if k == value or k.lower().startswith(f"{value}_") or k.lower() == value), key=len, default=None)
     for choice in choices:
         if all(match(v) for v in choice.allowed) and (key := match(choice.value)): picked.add(key)
-    return picked or set(said) & set(keys)
+    return picked
 
 # %% ../nbs/51_compile.ipynb #101c39ac
 CALLED_BY_NONE = {"NamedTuple", "Exception", "ValueError", "object", "Mapping"}   # bases that call no method of ours but those with underscores
@@ -464,7 +464,7 @@ def without_own_imports(text: str, package: str) -> str:
     found = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.ImportFrom) and own_names(n, package)]
     return edited(text, [(line_span(text, n, n), "") for n in found])
 
-# %% ../nbs/51_compile.ipynb #f7eff3e9
+# %% ../nbs/51_compile.ipynb #419b4014
 class Needed:
     "The definitions that `start` needs"
     def __init__(self, package: Package, start: Iterable[Ref]):
@@ -476,7 +476,7 @@ class Needed:
             for u in units: self.adds.setdefault(u, []).append(ref)
         while True:
             self.settle()
-            idle = {ref for u in self.texts for n in u.names if self.wanted(ref := (u.room, n)) == set() and self.keys_of(ref)}
+            idle = {ref for u in self.texts for n in u.names if n not in self.package.facts.keys and self.wanted(ref := (u.room, n)) == set() and self.keys_of(ref)}
             if not idle: break
             self.open |= idle
 
@@ -590,7 +590,7 @@ def _additions(self):
 Needed.additions = cached_property(_additions)
 Needed.additions.__set_name__(Needed, "additions")   # as a class body would
 
-# %% ../nbs/51_compile.ipynb #16081457
+# %% ../nbs/51_compile.ipynb #1dbd4fe6
 def _keys_of(self, ref):
     "All keys of a registry, wherever they are added"
     if ref not in self.keys: self.keys[ref] = [key for u in [self.package.defined.get(ref), *self.additions.get(ref, ())] for key in self.own_keys(u)]
@@ -610,7 +610,22 @@ def _wanted(self, ref):
     if ref in self.open or home is None or not isinstance(home.node, (ast.Assign, ast.AnnAssign)): return None
     values = [e.node for e in entries(home)]
     plain = values and all(isinstance(n, (ast.Constant, ast.List, ast.Tuple, ast.UnaryOp)) for n in values)   # a table, which costs nothing
-    return None if plain or not self.keys_of(ref) else chosen_keys(self.keys_of(ref), self.package.choices, self.said_texts)
+    if plain or not self.keys_of(ref): return None
+    if ref[1] in self.package.facts.keys: return set(self.package.facts.keys[ref[1]])
+    chosen = chosen_keys(self.keys_of(ref), self.package.choices)
+    if chosen or not any(goes_over(text, lambda n: self.means(u, n.id) == ref) for u, text in self.texts.items() if ref[1] in text): return chosen or set(self.keys_of(ref)) & self.said_texts
+    return None
+
+def goes_over(text: str, is_registry: Callable[[ast.Name], bool]) -> bool:
+    "Does code use a registry as a whole, other than in the words of an error?"
+    tree = _parsed(text)
+    parent = {id(child): n for n in ast.walk(tree) for child in ast.iter_child_nodes(n)}
+    words = {id(n) for r in ast.walk(tree) if isinstance(r, ast.Raise) for n in ast.walk(r)}
+    one = lambda n: isinstance(parent[id(n)], (ast.Subscript, ast.Compare)) or isinstance(parent[id(n)], ast.Attribute) and parent[id(n)].attr == "get"
+    return any(is_registry(n) and id(n) not in words and not one(n) for n in global_names(tree))
+
+@lru_cache(maxsize=None)
+def _parsed(text): return ast.parse(text)
 
 Needed.keys_of, Needed.own_keys, Needed.wanted = _keys_of, staticmethod(own_keys), _wanted
 

@@ -46,7 +46,7 @@ def origin(run: Run, fits: Mapping[str, Sequence[int]], side: str) -> dict:
     return dict(fits=made, classes=run.recipe.classes, predict=run.recipe.predict.model_dump(mode="json", exclude={"batch_size", "fast"}), data=data, images=raw_parts(run, STAGES["ensemble"])[f"{side} files"],
                 code=code_of(f"import segnb.{'fast' if side == 'test' else 'predict'}, segnb.models, segnb.data, segnb.store"))
 
-# %% ../nbs/40_ensemble.ipynb #3ab717ef
+# %% ../nbs/40_ensemble.ipynb #7d16f1a1
 def predictor_of(run: Run,
                  shares: Mapping[tuple[str, int], float],  # (model, fold) -> how much it counts
                  pixels: int,                              # of the largest image
@@ -59,8 +59,8 @@ def predictor_of(run: Run,
     budget = int(cap.ensemble.max_ram * 2**26)   # float32 values
     nets, made = [load_fold(run, m, k) for m, k in shares], [read_json(run.path("models", m, f"fold{k}", "fit.json")) for m, k in shares]
     together = max(1, min(run.recipe.predict.batch_size, budget // (pixels * run.recipe.n_classes)))
-    return go(way, nets, [m["precision"] for m in made], [m["memory_format"] for m in made], config=run.recipe.predict, task=run.recipe.task,
-              classes=run.recipe.classes, weights=list(shares.values()), together=together, device=best_device())
+    return go(way, Predictor(nets, run.recipe.predict, task=run.recipe.task, classes=run.recipe.classes, weights=list(shares.values()), together=together, device=best_device(),
+                             precision=[m["precision"] for m in made], memory_format=[m["memory_format"] for m in made]))
 
 # %% ../nbs/40_ensemble.ipynb #3cecc869
 def out_of_fold(run: Run) -> OutOfFold | None:   # None: no fold holds anything out

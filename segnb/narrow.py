@@ -11,8 +11,8 @@ __all__ = ['OWN', 'PLAIN_CALLS', 'PLAIN_METHODS', 'PARTS', 'called', 'fails', 'b
            'one_value', 'replaceable', 'settle_arguments', 'written', 'unread_parameters', 'set_methods', 'classes_of',
            'methods_of', 'constant_attributes', 'read_attributes', 'words_of', 'unread_attributes', 'unread_fields',
            'fewer_methods', 'without_overridden', 'each_edit', 'functions_with_scope', 'look_ups', 'entry_edit',
-           'registrars', 'registered', 'take_off', 'known_calls', 'known_locals', 'no_more_arguments', 'honest',
-           'reached', 'one_round', 'narrowed']
+           'registrars', 'registered', 'take_off', 'known_calls', 'passed_on', 'known_locals', 'no_more_arguments',
+           'honest', 'reached', 'one_round', 'narrowed']
 
 # %% ../nbs/51_narrow.ipynb #a11ac9a8
 import ast, inspect, json, re, sys
@@ -238,7 +238,7 @@ def calls_of(text: str, function: str) -> list[ast.Call]:
     "Calls by this name, in order"
     return sorted((n for n in ast.walk(_tree(text)) if isinstance(n, ast.Call) and called(n) == function), key=lambda n: (n.lineno, n.col_offset, -n.end_lineno, -n.end_col_offset))
 
-# %% ../nbs/51_narrow.ipynb #f1ea5955
+# %% ../nbs/51_narrow.ipynb #b9863a8c
 @dataclass
 class Code:
     "The definitions of a notebook, as they get fewer"
@@ -247,9 +247,10 @@ class Code:
     run: str                                        # the run cells, which call some of them and are not changed
     never: set[str] = field(default_factory=set)    # errors that cannot come
     skipped: set[str] = field(default_factory=set)  # calls and attributes that a notebook has no use for: endings of dotted names
-    passing: Mapping[str, int] = field(default_factory=dict)   # functions that answer with one of their arguments: which
+    passing: Mapping[str, int] = field(default_factory=dict)   # functions that answer with one of their arguments: which, counted from 0
     imports: list[str] = field(default_factory=list)
     simple: dict = field(default_factory=dict)      # text -> how much was known when no rule changed it
+    passed: dict[str, int] = field(default_factory=dict)   # functions that have come to do nothing but answer with an argument: which
 
     def __post_init__(self):
         self.outside = {n.id for n in ast.walk(ast.parse(self.run)) if isinstance(n, ast.Name)}
@@ -318,7 +319,7 @@ def returned_at_once(text: str) -> str:
                 return returned_at_once(edited(text, [((span_of(text, n)[0], span_of(text, block[-1])[1]), f"return {segment(text, n.value)}")]))
     return text
 
-# %% ../nbs/51_narrow.ipynb #95b6c857
+# %% ../nbs/51_narrow.ipynb #7f6bf6bb
 def _constant_edits(text):
     inside = {id(n) for j in ast.walk(_tree(text)) if isinstance(j, ast.JoinedStr) for n in ast.walk(j)}
     for n in ast.walk(_tree(text)):
@@ -330,14 +331,15 @@ def _constant_edits(text):
                 yield without_items(text, items, {items.index(span_of(text, k))})
 
 def learn(code: Code):
-    "Functions that do nothing are skipped; what a function answers that can answer only one thing is known"
+    "Functions that do nothing are skipped; what a function answers that can answer only one thing is known, an argument of its own too"
     for n in (u.node for u in code.units):
         if not isinstance(n, FUNCTIONS[:2]) or n.name in code.outside or n.decorator_list: continue
         body = [s for s in n.body if not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))]
         if all(isinstance(s, ast.Pass) for s in body): code.skipped.add(n.name)
         if len(body) != 1 or not isinstance(body[0], ast.Return) or body[0].value is None: continue
-        value = settle(body[0].value, lambda chain: UNKNOWN)
+        value, plain = settle(body[0].value, lambda chain: UNKNOWN), [p for p, *_ in parameters(n)[0]]
         if value is not UNKNOWN and is_plain(value): code.facts.known.setdefault(f"{n.name}()", value)
+        if called(body[0].value) in plain: code.passed[n.name] = plain.index(called(body[0].value))
 
 def is_plain(value) -> bool:
     "A constant that code says itself, rather than reads from the recipe: numbers keep their names"
@@ -623,7 +625,7 @@ def take_off(code: Code, known: Mapping[str, tuple[str, str]]):
             own = [d for d in getattr(u.node, "decorator_list", []) if known.get(called(d), ("",))[0] == registry]
             if own: code.change(k, edited(u.text, [(line_span(u.text, d, d), "") for d in own]))
 
-# %% ../nbs/51_narrow.ipynb #9a142b9a
+# %% ../nbs/51_narrow.ipynb #56951f06
 def known_calls(code: Code):
     "Put the answer in the place of calls whose answer is known from the definitions"
     kinds = {u.node.name: isinstance(u.node, ast.ClassDef) for u in code.units if isinstance(u.node, (*FUNCTIONS[:2], ast.ClassDef))}
@@ -632,9 +634,16 @@ def known_calls(code: Code):
             if not isinstance(n, ast.Call): continue
             name, place = called(n), code.passing.get(called(n), len(n.args))
             if place < len(n.args): yield span_of(unit.text, n), segment(unit.text, n.args[place])
+            if name in code.passed: yield from passed_on(unit.text, n, code.passed[name], code.quiet)
             if name == "inspect.isclass" and called(n.args[0]) in kinds: yield span_of(unit.text, n), repr(kinds[called(n.args[0])])
             if name == "isinstance" and called(n.args[1]) in code.never & set(OWN): yield span_of(unit.text, n), "False"
     each_edit(code, edits)
+
+def passed_on(text: str, call: ast.Call, place: int, quiet: Iterable[str]) -> Iterator:  # place: of the argument that is the answer
+    "The edit that puts an argument in the place of a call that gives it back, if computing the others does nothing else"
+    plain = place < len(call.args) and not any(isinstance(a, ast.Starred) for a in call.args)
+    others = [a for a in (*call.args, *(k.value for k in call.keywords)) if not plain or a is not call.args[place]]
+    if plain and all(idle_value(a, quiet) for a in others): yield span_of(text, call), segment(text, call.args[place])
 
 def known_locals(code: Code):
     "`make = f` where f is a definition: the local is f"
@@ -692,7 +701,7 @@ def one_round(code: Code, needed: Needed, choices: list[Choice]) -> Needed:  # n
     code.units = [replace(u, text=needed.texts[u]) for u in code.units if u in needed.texts]
     return needed
 
-# %% ../nbs/51_narrow.ipynb #4f422fe3
+# %% ../nbs/51_narrow.ipynb #71138eea
 def narrowed(flat: Flat, facts: Facts, choices: list[Choice],
              run: str,                 # the run cells
              never: Iterable[str],     # errors that cannot come
@@ -701,7 +710,7 @@ def narrowed(flat: Flat, facts: Facts, choices: list[Choice],
             ) -> Flat:
     "A notebook's definitions after all rules"
     units = [(f"{room} {cell}", u) for room, cell, text in flat.cells for u in units_of("all", text)]
-    code = Code([Unit("all", cell, line, u.text, u.gap) for line, (cell, u) in enumerate(units)], Facts(facts.recipe, dict(facts.known)), run, set(never), set(skipped), passing, flat.imports)
+    code = Code([Unit("all", cell, line, u.text, u.gap) for line, (cell, u) in enumerate(units)], Facts(facts.recipe, dict(facts.known), facts.keys), run, set(never), set(skipped), passing, flat.imports)
     before, needed = None, reached(code, choices)
     while before != (before := ([u.text for u in code.units], len(code.facts.known), len(code.skipped))): needed = one_round(code, needed, choices)
     code.each(lambda text: honest(text, code.never))

@@ -6,7 +6,7 @@
 __all__ = ['PlainDataset', 'plain_batches', 'plain_step', 'our_step', 'measure', 'go_round', 'train_benchmark', 'numpy_rle',
            'plain_predict', 'take_turns', 'our_predict', 'trained_model', 'predict_benchmark']
 
-# %% ../nbs/37_speed.ipynb #10d26cfb
+# %% ../nbs/37_speed.ipynb #dae449e3
 import copy, itertools, tempfile, time
 
 from pathlib import Path
@@ -26,7 +26,7 @@ from .masks import rle_decode, rle_encode
 from .models import build_model
 from .optim import build_optimiser
 from .pack import Pack, TrainDataset, make_loader, open_pack
-from .predict import beside, keep_memory, predict_stream
+from .predict import Predictor, beside, keep_memory, predict_stream
 from .recipe import Optim, Predict, load_recipe
 from .sample import draw_sample
 from .train import IMAGENET, best_device, candidates, loader_workers, one_pass, probe, seconds_of, to_device
@@ -172,7 +172,7 @@ def trained_model(arch: str, encoder: str, batches: Iterable, steps: int, device
     for batch in itertools.islice(batches, steps): step(batch)
     return model.eval()
 
-# %% ../nbs/37_speed.ipynb #9b8430c4
+# %% ../nbs/37_speed.ipynb #f5551d05
 def predict_benchmark(folder: Path | None = None,     # where sample data is drawn; None: a temporary folder
                       *, arch: str = "Unet", encoder: str = "resnet34", tile: int = 224, n: int = 128,   # tiles, and their height and width
                       steps: int = 150,               # of training
@@ -190,7 +190,7 @@ def predict_benchmark(folder: Path | None = None,     # where sample data is dra
         recipe = load_recipe("satellite", {"data.root": root})
         samples = read_samples(recipe)
         pack, rows = Pack(recipe, samples), samples.index[samples.split == "test"].tolist()
-        make = lambda way: go(way, [model], [precision], [layout], config=Predict(batch_size=batch_size), task="binary", device=device)
+        make = lambda way: go(way, Predictor(model, Predict(batch_size=batch_size), precision=precision, memory_format=layout, task="binary", device=device))
         tried = judge_ways(make, [pack.image(i) for i in rows[:batch_size]], lambda p: (p[0] > threshold).astype(np.uint8), work=work, half=precision == "fp32")
         tried = tried[tried.failed == ""]
         loops = {"plain fp32 loop": lambda part: plain_predict(plain, [root / samples.image[i] for i in part], threshold, batch_size, device)}

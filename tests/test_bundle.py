@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import REAL, TINY, segnb, settings
+from segnb import bundle, ensemble
 from segnb.bundle import bundle_run, pack_zip, refuse_too_large, refuse_too_slow, start_weights, write_start
 from segnb.data import read_samples
 from segnb.engine import save_weights
 from segnb.ensemble import fits_of, no_scores, predict_test, predictor_of, read_decision
+from segnb.fast import WAYS
 from segnb.files import RecipeError, SegnbError, write_json
 from segnb.formats import submission_suffix
 from segnb.pipeline import Run, open_run, split_folds
@@ -20,7 +22,25 @@ from segnb.train import new_model
 from segnb.verify import Place, borrowed_environment, execute, namespace, prepare, verify_bundle
 
 
-def untrained(folder, recipe="demo"):
+def lively(net, seed):
+    "`net` with norms as after a training, so that it matters how they are computed"
+    draw = torch.Generator().manual_seed(seed)
+    for m in net.modules():
+        if isinstance(m, torch.nn.BatchNorm2d):
+            m.running_mean.uniform_(-.2, .2, generator=draw)
+            m.running_var.uniform_(.5, 2, generator=draw)
+    return net
+
+
+def submit(run, path, way):
+    "Predict the test images of `run` this way, and write the submission; its report"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ensemble, "find_way", lambda *_: way)
+        masks = predict_test(run, read_decision(run))
+    return make_submission(run.recipe, masks, path, samples=run.samples())[0]
+
+
+def untrained(folder, recipe="demo", way="as fitted"):
     "A run on a drawn sample whose networks were never trained: all that predicting needs, in a second"
     small = {"models": [{"name": "small", "arch": "Unet", "encoder": "mobilenet_v2", "precision": "fp32", "memory_format": "contiguous", "compile": False}],
              "data.root": str(draw_sample(recipe, folder / "data", train=6, test=4, size=64)), "augment.size": 64, "folds.n": 2, "encoder_weights": None}
@@ -31,16 +51,15 @@ def untrained(folder, recipe="demo"):
     for model, fold in [(model, k) for model, folds in fits_of(run).items() for k in folds]:
         place = run.path("models", model, f"fold{fold}")
         place.mkdir(parents=True)
-        save_weights(new_model(run.recipe.model_copy(update={"seed": fold}), run.recipe.models[0], run.pack()), place / "best.safetensors")
+        save_weights(lively(new_model(run.recipe.model_copy(update={"seed": fold}), run.recipe.models[0], run.pack()), fold), place / "best.safetensors")
         write_json(place / "fit.json", {"model": run.recipe.models[0].model_dump(), "precision": "fp32", "memory_format": "contiguous", "in_channels": run.pack().n_channels, "n_classes": run.recipe.n_classes, "score": 0.5,
                                         "threads": torch.get_num_threads(), "device": "cpu", "seconds": 1.0, "processes": 1, "resumed": False})
-    probs = predictor_of(run, {("small", 0): 1.0}, 64 * 64)([run.pack().image(0)])[0]
-    thresholds = [] if run.recipe.task == "multiclass" else [float(np.median(plane)) for plane in probs]   # so that masks are neither empty nor full
-    write_json(run.path("ensemble.json"), {"weights": {"small": 1.0}, "thresholds": thresholds, "min_area": 4, "because": {}})
+    shares = {(model, k): 1.0 for model, folds in fits_of(run).items() for k in folds}
+    probs = predictor_of(run, shares, 64 * 64)([run.pack().image(len(run.samples()) - 1)])[0]
+    thresholds = [] if run.recipe.task == "multiclass" else [float(np.median(plane)) for plane in probs]   # so that the last mask is neither empty nor full
+    write_json(run.path("ensemble.json"), {"weights": {"small": 1.0}, "thresholds": thresholds, "min_area": 4, "fill_holes": 3, "because": {}})
     write_json(run.path("scores.json"), no_scores(run.recipe))
-    path = run.path("submission" + submission_suffix(run.recipe))
-    report, _ = make_submission(run.recipe, predict_test(run, read_decision(run)), path, samples=run.samples())
-    write_json(run.path("submission.json"), report)
+    write_json(run.path("submission.json"), submit(run, run.path("submission" + submission_suffix(run.recipe)), way))
     return run
 
 
@@ -68,7 +87,8 @@ def copy(made, tmp_path):
     return shutil.copytree(made / "bundle", tmp_path / "bundle")
 
 
-def code_of(path): return "\n".join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == "code")
+def cells_of(path): return [c.source for c in nbformat.read(path, 4).cells if c.cell_type == "code"]
+def code_of(path): return "\n".join(cells_of(path))
 
 
 def test_predict_makes_the_same_bytes_elsewhere(made):
@@ -87,6 +107,35 @@ def test_notebooks_hold_what_the_run_used_and_nothing_else(made):
     assert "focal" not in code_of(made / "bundle" / "predict.ipynb") and "def focal_dice_loss" in code_of(made / "bundle" / "train.ipynb")
     lines = json.loads((made / "bundle" / "MANIFEST.json").read_text())["code_lines"]
     assert max(lines.values()) < 1600, lines   # of the demo; the satellite stays below 1,500
+
+
+def test_a_faster_way_goes_along(tmp_path, monkeypatch):
+    "The notebook predicts as the run did, and says so"
+    monkeypatch.setattr(bundle, "make_notebooks", lambda *given, make=bundle.make_notebooks: make(*given[:-1], ["predict"]))   # the other one is no part of this
+    run, output = untrained(tmp_path, way="folded bf16"), tmp_path / "submission.csv"
+    manifest = bundle_run(run.folder, tmp_path / "bundle")
+    parameters, *code = cells_of(tmp_path / "bundle" / "predict.ipynb")
+    space = {}
+    exec(parameters, space)
+    space |= {"data_root": tmp_path / "data", "bundle": tmp_path / "bundle", "output": output}
+    for cell in code: exec(cell, space)
+    assert output.read_bytes() == run.path("submission.csv").read_bytes()
+    submit(run, tmp_path / "as_fitted.csv", "as fitted")
+    assert output.read_bytes() != (tmp_path / "as_fitted.csv").read_bytes()
+    assert manifest["way"] == "folded bf16" and "inside the convolution before it, in bf16" in (tmp_path / "bundle" / "README.md").read_text()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("way", [way for way in WAYS if way != "folded bf16"])
+def test_every_way_makes_the_same_bytes_elsewhere(tmp_path, monkeypatch, way):
+    "Compiled networks are compiled again there: no code of the run is found"
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "run_cache"))
+    bundle_run(untrained(tmp_path, way=way).folder, tmp_path / "bundle")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "other_cache"))
+    report = verify_bundle(tmp_path / "bundle", borrow=True)
+    assert report.ok, report.text()
+    text = (tmp_path / "bundle" / "README.md").read_text()
+    assert ("needs a C++ compiler" in text) == ("compiled" in way)
 
 
 def flip(path):

@@ -15,6 +15,7 @@ from segnb.ensemble import predict_test
 from segnb.fast import go
 from segnb.files import read_json, write_bytes, write_json
 from segnb.pipeline import open_run, split_folds
+from segnb.predict import Predictor
 from segnb.recipe import Predict
 from segnb.sample import draw_sample
 
@@ -95,7 +96,7 @@ def test_the_way_of_prediction_is_settled_once(tmp_path, monkeypatch):
 @pytest.mark.full
 def test_compiled_networks_say_the_same():
     images = [np.random.default_rng(k).integers(0, 255, (64, 64, 3), dtype=np.uint8) for k in range(6)]
-    make = lambda way: go(way, [Bright()], ["fp32"], ["contiguous"], config=Predict(batch_size=4, tta=["hflip", "rot90"]), task="binary")
+    make = lambda way: go(way, Predictor(Bright(), Predict(batch_size=4, tta=["hflip", "rot90"]), task="binary"))
     wanted = make("as fitted")(images)
     for way in ("compiled", "compiled bf16"):
         predictor = make(way)
