@@ -111,7 +111,7 @@ def test_rows(recipe: Recipe) -> pd.DataFrame:  # image_id, split, image, height
     if not listing.rows: raise DataError(f"There are no test images below {recipe.data.root}: set data_root to the organiser's folder.")
     return pd.DataFrame(listing.rows)
 
-# %% ../nbs/51_alone.ipynb #0373e0c9
+# %% ../nbs/51_alone.ipynb #787baa1b
 def load_network(recipe: Recipe, bundle: str | Path, member: dict) -> SegModel:
     "The network of one fit, with its weights"
     entry = next(m for m in recipe.models if m.name == member["model"])
@@ -126,9 +126,9 @@ def load_ensemble(recipe: Recipe, bundle: str | Path,
     "All members as one; a batch of results takes a quarter of `ensemble.max_ram` at most"
     made, pixels = read_json(Path(bundle) / "MANIFEST.json"), int((samples.height * samples.width).max())
     members, together = made["members"], max(1, min(recipe.predict.batch_size, int(recipe.ensemble.max_ram * 2**26) // (pixels * recipe.n_classes)))
-    return go(made["way"], Predictor([load_network(recipe, bundle, m) for m in members], recipe.predict, together=together,
-                                     task=recipe.task, classes=recipe.classes, weights=[m["share"] for m in members], device=best_device(),
-                                     precision=[m["precision"] for m in members], memory_format=[m["memory_format"] for m in members]))
+    return go(made["way"], Predictor(
+        [load_network(recipe, bundle, m) for m in members], recipe.predict, together=together, task=recipe.task, classes=recipe.classes, device=best_device(),
+        weights=[m["share"] for m in members], precision=[m["precision"] for m in members], memory_format=[m["memory_format"] for m in members]))
 
 # %% ../nbs/51_alone.ipynb #de79f995
 def read_ensemble(bundle: str | Path) -> Decision:
