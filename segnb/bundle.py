@@ -350,7 +350,7 @@ def installed_version(name: str) -> str | None:
     try: return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError: return None
 
-# %% ../nbs/51_bundle.ipynb #1daa9e25
+# %% ../nbs/51_bundle.ipynb #6b6750dd
 def refuse_what_is_not_held(run: Run, decision: Decision):
     "`RecipeError` where the networks learned from, or the ensemble does, what the notebooks do not hold"
     if run.recipe.pseudo.rounds:
@@ -368,6 +368,7 @@ def way_of(run: Run) -> str:  # of `WAYS`
     "How the networks predicted the masks of the submission"
     return MaskStore(run.path("test_masks")).records.made_from["from"]["way"]
 
+# %% ../nbs/51_bundle.ipynb #10a35d8e
 def members_of(run: Run) -> list[dict]:
     "The networks of the ensemble and what is known of each"
     found, decision, own = [], read_decision(run), {m.name for m in run.recipe.models}
@@ -381,6 +382,7 @@ def members_of(run: Run) -> list[dict]:
         found.append({"model": model, "fold": fold, "share": share, "file": f"weights/{model}_fold{fold}.safetensors", "sha256": sha256_file(path), **known})
     return found
 
+# %% ../nbs/51_bundle.ipynb #1b8c38da
 def start_weights(run: Run) -> dict[str, str]:  # model -> the name or the file of the weights its encoder started from
     "Models whose training did not start from random weights"
     named = {m.name: run.recipe.encoder_weights if m.encoder_weights == "recipe" else m.encoder_weights for m in run.recipe.models}
@@ -391,6 +393,7 @@ def write_start(run: Run, model: str, path: Path):
     entry = next(m for m in run.recipe.models if m.name == model)
     save_weights(new_model(run.recipe, entry, run.pack()).net.encoder, path)
 
+# %% ../nbs/51_bundle.ipynb #34af1ddf
 def bundle_recipe(run: Run, starts: Iterable[str]) -> Recipe:  # starts: models with trained encoders
     "The recipe without places of this machine, and without what no bundle does: search, tracking, short trainings"
     recipe = run.recipe

@@ -20,15 +20,15 @@ from .transforms import resize_image
 from .views import activate, build_views, merge_views, mirrored
 from .windows import join_bands, sliding_window, window_bands
 
-# %% ../nbs/31_predict.ipynb #5ae865f7
-def keep_memory(keep: bool = True):   # False: as glibc does by itself
-    "Freed memory stays with this process for the next batch; without effect where the C library is another"
+# %% ../nbs/31_predict.ipynb #6cde5d7f
+def keep_memory(keep: bool = True):
+    "Freed memory stays with this process for the next batch, or goes as glibc has it; without effect where the C library is another"
     try:
         library = ctypes.CDLL(None)
         tune = library.mallopt
     except (AttributeError, OSError, TypeError): return   # macOS, Windows, musl
     trim, map_from, most_mapped = -1, -3, -4              # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX of malloc.h
-    tune(trim, -1 if keep else 64 << 20); tune(map_from, 32 << 20); tune(most_mapped, 0 if keep else 65536)   # what its own thresholds grow to
+    tune(trim, -1 if keep else 64 << 20); tune(map_from, 32 << 20); tune(most_mapped, 0 if keep else 65536)
     if not keep: library.malloc_trim(0)
 
 # %% ../nbs/31_predict.ipynb #8c25f527
