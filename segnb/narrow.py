@@ -66,7 +66,7 @@ def gone(text: str, node: ast.stmt, block: list[ast.stmt]) -> tuple[tuple[int, i
     before = text.encode().splitlines()[node.lineno - 1][:node.col_offset]
     return (line_span(text, node, node), "") if len(block) > 1 and not before.strip() else (span_of(text, node), "pass")
 
-# %% ../nbs/51_narrow.ipynb #bfaba576
+# %% ../nbs/51_narrow.ipynb #1e585040
 PLAIN_CALLS = {"set", "len", "sorted", "dict", "list", "tuple", "max", "min", "map", "isinstance", "getattr", "str", "int", "float", "bool", "any", "all", "hasattr", "zip", "range", "Path"}
 PLAIN_METHODS = {"keys", "items", "values", "get", "item", "numel", "aminmax", "signature", "monotonic", "perf_counter", "cpu", "stack", "to", "frombuffer", "encode", "astype", "all", "any",
                  "max", "min", "sum", "abs", "asarray", "uint8", "uint16", "arange"}
@@ -79,13 +79,13 @@ def idle_value(node: ast.AST, quiet: Iterable[str] = ()) -> bool:  # quiet: func
         if isinstance(n, ast.Call):
             owner, _, name = called(n).rpartition(".")
             method = n.func.attr if isinstance(n.func, ast.Attribute) else ""
-            if not (name in quiet or method in PLAIN_METHODS or not owner and name in PLAIN_CALLS): return False
+            if not (method in PLAIN_METHODS or not owner and (name in quiet or name in PLAIN_CALLS)): return False
         elif not isinstance(n, PARTS): return False
     return True
 
 def ends_with(name: str, endings: Iterable[str]) -> bool:
-    "Is a dotted name one of `endings`, or does it end with one?"
-    return any(name == e or name.endswith("." + e) for e in endings)
+    "Is `name` one of `endings`, or does it end with a dotted one? A name without a dot is a function's, never an attribute's"
+    return any(name == e or "." in e and name.endswith("." + e) for e in endings)
 
 # %% ../nbs/51_narrow.ipynb #77c06e3d
 def without_idle_statements(text: str, skipped: Iterable[str], quiet: Iterable[str] = ()) -> str:  # skipped: endings of dotted names
