@@ -39,7 +39,7 @@ from .sampling import build_sampling
 from .train import best_device, fold_rows, make_plan, new_model, recipe_loss
 from .transforms import mirror_pairs
 
-# %% ../nbs/51_alone.ipynb #d24ff9fd
+# %% ../nbs/51_alone.ipynb #2d43e8a0
 TUPLES = ("size", "foreground")   # keys whose lists of numbers are pairs
 
 class Settings:
@@ -50,9 +50,9 @@ class Settings:
         if "name" in values and "options" not in values: self.options = {k: v for k, v in values.items() if k != "name"}
         for key, value in values.items(): setattr(self, key, as_setting(key, value))
 
-    def model_dump(self, **how) -> dict:
-        "Plain values"
-        return dict(self.values)
+    def model_dump(self, exclude: Iterable[str] = (), **how) -> dict:
+        "Plain values, but those of `exclude`"
+        return {k: v for k, v in self.values.items() if k not in exclude}
 
     def model_copy(self, update: dict) -> "Settings":
         "The same with some keys changed"

@@ -49,3 +49,10 @@ def demo_data(tmp_path_factory):
 def tiny(demo_data):
     "Arguments of a run that takes seconds for each fit"
     return ["demo", *settings(**{"data.root": demo_data, "folds.n": 2, **TINY})]
+
+
+@pytest.fixture(scope="session")
+def finished(tiny, tmp_path_factory):
+    "A run of all stages, never interrupted: (folder, what it said)"
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    return folder, segnb("run", *tiny, "--out", folder)

@@ -23,13 +23,6 @@ def content(folder, *patterns):
 
 
 @pytest.fixture(scope="module")
-def finished(tiny, tmp_path_factory):
-    "A run of all stages, never interrupted: (folder, what it said)"
-    folder = tmp_path_factory.mktemp("runs") / "finished"
-    return folder, segnb("run", *tiny, "--out", folder)
-
-
-@pytest.fixture(scope="module")
 def checked(tiny, tmp_path_factory):
     "A function that starts a run whose data is checked and split already, and looked at by no stage"
     folder = tmp_path_factory.mktemp("runs") / "checked"
