@@ -208,13 +208,13 @@ class Members:
         ballots = [np.stack(own) for own in zip(*cast)]
         return [count_ballots(b, [self.weights[name]["votes"] for name in self.predictors], n) for b in ballots] if self.count else ballots
 
-# %% ../nbs/40_ensemble.ipynb #e59fe25c
+# %% ../nbs/40_ensemble.ipynb #fb5658d0
 def decided_mask(probs: np.ndarray,   # (C, H, W) float32
                  decision: Decision, recipe: Recipe) -> np.ndarray:  # (H, W) or (H, W, C) uint8
     "The mask of one test image: at submit.size, or for exclusive classes at its own"
-    own, size = probs.shape[1:], recipe.submit.size or probs.shape[1:]
-    if recipe.task != "multiclass" and tuple(size) != own: probs = resize_probs(torch.from_numpy(probs)[None], size)[0].numpy()
-    per_pixel = math.prod(probs.shape[1:]) / math.prod(size)
+    size = recipe.submit.size
+    if size and recipe.task != "multiclass" and tuple(size) != probs.shape[1:]: probs = resize_probs(torch.from_numpy(probs)[None], size)[0].numpy()
+    per_pixel = math.prod(probs.shape[1:]) / math.prod(size) if size else 1.0
     return to_mask(probs, task=recipe.task, thresholds=decision.thresholds, **decision.rules(per_pixel))
 
 # %% ../nbs/40_ensemble.ipynb #84a9ec19
@@ -276,7 +276,7 @@ def ballot_size(run: Run) -> tuple[int, int] | None:   # None: each image's own
         raise RecipeError(f"postprocess.crf asks the picture, and the files of ensemble.submissions hold masks of submit.size: '{other[0]}' is larger or smaller. Set crf to null, or leave the files to segnb vote.")
     return None
 
-# %% ../nbs/40_ensemble.ipynb #6480f0e2
+# %% ../nbs/40_ensemble.ipynb #eb8547b1
 def most_pixels(run: Run, rows: Sequence[int]) -> int:
     "Of the largest image among `rows`"
     return int((run.samples().height * run.samples().width)[rows].max())
@@ -294,7 +294,8 @@ def find_way(run: Run, rows: Sequence[int],   # of the test images
     make = lambda way: predictor_of(run, shares, most_pixels(run, rows), way)
     decide = lambda probs: decided_mask(probs, decision, run.recipe)
     def judge():
-        images = [run.pack().image(i) for i in rows[np.linspace(0, len(rows) - 1, 8).astype(int)]]
+        batch = run.recipe.predict.batch_size
+        images = [run.pack().image(i) for i in rows[np.linspace(0, len(rows) - 1, -(-8 // batch) * batch).astype(int)]]   # whole batches: compiled networks fill up others
         table = judge_ways(make, images, decide, work=len(rows) * len(shares), half=half, one_size=one_size)
         print(table.to_string(index=False))
         return table

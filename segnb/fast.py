@@ -116,7 +116,7 @@ def compare_ways(trials: Sequence[dict],   # of `try_way`, as fitted first
     table["taken"] = table.index == (good.seconds.idxmin() if len(good) else 0)
     return table.assign(**{"images/s": (1 / table.seconds).round(1)})[["way", "images/s", "differing", "failed", "taken"]]
 
-# %% ../nbs/38_fast.ipynb #1d19a9a8
+# %% ../nbs/38_fast.ipynb #c43e01c7
 COMPILING = 90.0   # seconds that a network takes to compile, about
 FEW = 256          # for fewer images the judgement costs more than it can gain
 
@@ -131,7 +131,7 @@ def judge_ways(make: Callable[[str], Predictor],             # way -> predictor
     trials = [try_way(way, make, images, decide) for way in ("as fitted", "folded", *["folded bf16"] * half)]
     table = compare_ways(trials)
     best = trials[int(table.taken.to_numpy().argmax())]
-    if one_size and work * best["seconds"] > 8 * COMPILING:
+    if one_size and work * best["seconds"] > 4 * COMPILING:
         trials.append(try_way("compiled bf16" if best["way"] == "folded bf16" else "compiled", make, images, decide))
     return compare_ways(trials)
 

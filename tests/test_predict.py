@@ -123,4 +123,4 @@ def test_many_tiles_take_the_same_memory_and_time(tmp_path):
     assert quarters[3]["MB"] < 1.05 * quarters[1]["MB"], quarters
     assert max(q["ms"] for q in quarters) < 1.5 * min(q["ms"] for q in quarters), quarters
     assert ours["differing"] < 1e-3, ours                      # bf16 as it was fitted, beside fp32
-    if "amx_bf16" in Path("/proc/cpuinfo").read_text(): assert ours["times"] > 3, found
+    if "amx_bf16" in Path("/proc/cpuinfo").read_text(): assert ours["times"] > (4 if tiles > 50_000 else 3), found   # many are worth compiling
