@@ -39,7 +39,7 @@ from .store import MaskStore
 from .train import new_model
 from .transforms import mirror_pairs
 
-# %% ../nbs/51_bundle.ipynb #673075c2
+# %% ../nbs/51_bundle.ipynb #1630c302
 OPTIONS = {"stem.stride": None, "stem.means": False, "stem.adapter": None, "dropout": None, "encoder_options": None}   # of a network, when no model sets them
 
 def bundle_facts(recipe: dict,       # plain values, as in recipe.yaml
@@ -48,7 +48,8 @@ def bundle_facts(recipe: dict,       # plain values, as in recipe.yaml
                  rules: Iterable[str],   # of `LABEL_RULES`: what the decision does to masks
                 ) -> Facts:
     "What is known before a notebook of the bundle runs"
-    known = {"task": recipe["task"], "config.window": recipe["predict"]["window"], "config.size": recipe["predict"]["size"]}
+    known = {"task": recipe["task"], "data.format": recipe["data"]["format"], "submit.format": recipe["submit"]["format"]}
+    known |= {f"config.{key}": recipe["predict"][key] for key in ("window", "size", "tta", "scales", "merge", "merge_on")}
     known |= {f"{f}/samples": GIVEN for f in ("wanted_layout", "write_submission")} | {f"go/how.{key}": value for key, value in WAYS[way]._asdict().items()}
     given = {key for model in recipe["models"] for key in model["options"]}
     for option, value in OPTIONS.items():
@@ -81,11 +82,11 @@ def train_facts(recipe: dict) -> dict:
 
 PLAIN_VIEWS = {"config.tta": [], "config.scales": [1.0], "config.merge": "mean", "config.merge_on": "probs", "build_views()": GIVEN}   # a fit validates without other views
 
-# %% ../nbs/51_bundle.ipynb #f3a7cf28
+# %% ../nbs/51_bundle.ipynb #7962b747
 NEVER = {"predict": ("RecipeError",), "train": ("RecipeError", "DataError", "Fault", "_broken", "ValueError")}   # errors that cannot come
 NEVER["solution"] = NEVER["predict"]
-SKIPPED = ("self.checkpoint", "self.watch", "self.watch.add", "self.watch.flush", "module.watch.flush", "self.n_maps", "augment.moves_only")
-UNCHECKED = ("check_shapes", "check_values", "check_runs", "check_names", "self.wrong", "listing.wrong", "note_repeats", "note_unknown", "self.seen.add", "inside", "_folder_inside")   # where nothing can be wrong
+SKIPPED = ("check_names", "self.checkpoint", "self.watch", "self.watch.add", "self.watch.flush", "module.watch.flush", "self.n_maps", "augment.moves_only")
+UNCHECKED = ("check_shapes", "check_values", "check_runs", "self.wrong", "listing.wrong", "note_repeats", "note_unknown", "self.seen.add", "inside", "_folder_inside")   # where nothing can be wrong
 PASSING = {("losses", "check_options"): 2}   # functions that answer with one of their arguments, where it is right
 
 # %% ../nbs/51_bundle.ipynb #e25c6763

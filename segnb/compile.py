@@ -167,7 +167,7 @@ class Facts:
             value = value[name]
         return value
 
-# %% ../nbs/51_compile.ipynb #33496a38
+# %% ../nbs/51_compile.ipynb #2c769611
 COMPARE = {ast.Eq: lambda a, b: a == b, ast.NotEq: lambda a, b: a != b, ast.Lt: lambda a, b: a < b, ast.LtE: lambda a, b: a <= b, ast.Gt: lambda a, b: a > b,
            ast.GtE: lambda a, b: a >= b, ast.In: lambda a, b: a in b, ast.NotIn: lambda a, b: a not in b, ast.Is: lambda a, b: a is b, ast.IsNot: lambda a, b: a is not b}
 
@@ -187,9 +187,18 @@ def settle(node: ast.AST, look: Callable):  # look: chain of names -> value or U
         a, b = settle(node.left, look), settle(node.comparators[0], look)
         try: return UNKNOWN if a is UNKNOWN or b is UNKNOWN else COMPARE[type(node.ops[0])](a, b)
         except TypeError: return UNKNOWN
+    if isinstance(node, ast.Call) and (answer := _answer(node, look)) is not UNKNOWN: return answer
     chain = dotted(node.func) if isinstance(node, ast.Call) else dotted(node)
     if isinstance(node, ast.Call) and chain: chain = [*chain[:-1], f"{chain[-1]}()"]   # what a function is known to answer, whatever it is asked
     return look(chain) if chain else UNKNOWN
+
+def _answer(call, look):
+    "How a text starts, and a key of the recipe that may not be there"
+    texts = [n.value if isinstance(n, ast.Constant) else None for n in (getattr(call.func, "value", None), *call.args)]
+    if getattr(call.func, "attr", "") == "startswith" and len(texts) == 2 and all(isinstance(text, str) for text in texts): return texts[0].startswith(texts[1])
+    if getattr(call.func, "id", "") != "getattr" or len(call.args) < 3 or not (chain := dotted(call.args[0])): return UNKNOWN
+    section, key = look(chain), texts[2]
+    return UNKNOWN if not isinstance(section, dict) else section[key] if key in section else settle(call.args[2], look)
 
 def truth(node: ast.AST, look: Callable):  # True, False or UNKNOWN
     "Whether a test holds; one part can be enough to know"
@@ -199,7 +208,7 @@ def truth(node: ast.AST, look: Callable):  # True, False or UNKNOWN
         return stop if any(v is stop for v in parts) else UNKNOWN if UNKNOWN in parts else not stop
     return v if (v := settle(node, look)) is UNKNOWN else bool(v)
 
-# %% ../nbs/51_compile.ipynb #b6b24dab
+# %% ../nbs/51_compile.ipynb #dc763629
 @dataclass
 class Scope:
     "What is known inside one function"
@@ -229,14 +238,14 @@ def scope_of(function: ast.AST, facts: Facts, owner: str = "") -> Scope:  # owne
             elif not chain and (found := settle(value, scope.look)) is not UNKNOWN and not (name.id in changing and isinstance(found, (list, dict, set))): scope.values[name.id] = found
     return scope
 
-READS = ("len", "zip", "sorted", "list", "tuple", "set", "dict", "sum", "any", "all", "max", "min", "enumerate", "map", "str", "isinstance")   # what leaves a list as it is
+READS = ("len", "zip", "sorted", "list", "tuple", "set", "dict", "sum", "any", "all", "max", "min", "enumerate", "map", "str", "isinstance", "choice")   # what leaves a list as it is
 
 def changed_in_place(function: ast.AST) -> set[str]:
     "Locals whose object may be filled after it was made: by a method, by an index, or by a function that is given it"
     owner = lambda n: n.value.id if isinstance(n, (ast.Attribute, ast.Subscript)) and isinstance(n.value, ast.Name) else None
     nodes = list(ast.walk(function))
     calls = [n for n in nodes if isinstance(n, ast.Call)]
-    given = {a.id for n in calls if getattr(n.func, "id", "") not in READS for a in (*n.args, *(k.value for k in n.keywords)) if isinstance(a, ast.Name)}
+    given = {a.id for n in calls if getattr(n.func, "id", getattr(n.func, "attr", "")) not in READS for a in (*n.args, *(k.value for k in n.keywords)) if isinstance(a, ast.Name)}
     return given | {owner(n.func) for n in calls} | {owner(n) for n in nodes if isinstance(n, ast.Subscript) and not isinstance(n.ctx, ast.Load)}
 
 # %% ../nbs/51_compile.ipynb #bef5b385

@@ -148,7 +148,7 @@ def find_file(root: str | Path,  # the data folder
         at = os.path.join(at, _names(folder, os.stat(folder).st_mtime_ns).get(nfc(part), part))
     return at if _is_file_inside(root, at) else None
 
-# %% ../nbs/02_data.ipynb #68e31b69
+# %% ../nbs/02_data.ipynb #c1633929
 PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif")
 
 def list_files(folder: str | Path,                  # searched with its sub-folders
@@ -159,7 +159,7 @@ def list_files(folder: str | Path,                  # searched with its sub-fold
     if not Path(folder).is_dir(): raise Fault("missing-folder", folder, "there is no such folder")
     found = []
     for at, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if deep and not name.startswith((".", "__MACOSX"))]
+        folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))] if deep else []
         there = Path(at).relative_to(folder).as_posix().removeprefix(".")
         found += [os.path.join(there, name) for name in names if name.lower().endswith(suffixes) and not name.startswith(".")]
     return sorted(found, key=nfc)
@@ -506,12 +506,13 @@ def test_rle_csv(listing: Listing):
     else: listing.wrong("sample-missing", d.sample_submission, "it is not there")
     note_unlisted(listing, {os.path.dirname(path) for path in listing.seen})
 
-# %% ../nbs/02_data.ipynb #4c85264e
+# %% ../nbs/02_data.ipynb #5a28462e
 def order_as_sample(listing: Listing,
                     tests: list[str],   # ids of the test images, as the test table or the folders give them
                     source: str,        # where those stand, for the messages
                     column: str,        # of the sample
-                    rows_each: bool = False):  # whether an image may have several rows
+                    rows_each: bool = False,  # whether an image may have several rows
+                   ):
     "Put the test rows in the order of sample_submission, under its spelling of the ids"
     file, wrong = listing.data.sample_submission, lambda *args: listing.wrong("sample-submission", listing.data.sample_submission, *args)
     ids = list(read_table(listing.root / file, [column])[column])

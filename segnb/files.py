@@ -109,16 +109,18 @@ def sha256_text(text: str) -> str:
     "SHA-256 of a text in UTF-8, as hex"
     return hashlib.sha256(text.encode("utf8")).hexdigest()
 
-# %% ../nbs/00_files.ipynb #09e81900
-def parallel_map(f: Callable, items: Iterable, workers: int = 4, desc: str | None = None) -> Iterator:
-    "`f` of every item, in order, on `workers` threads (0: in this one); a progress bar when `desc` is given"
+# %% ../nbs/00_files.ipynb #085cb55b
+def parallel_map(f: Callable, items: Iterable, workers: int = 4,
+                 desc: str | None = None,   # what a progress bar says; None: there is none
+                ) -> Iterator:
+    "`f` of every item, in order, on `workers` threads (0: in this one)"
     items = list(items)
-    bar = lambda results: tqdm(results, total=len(items), desc=desc, unit="file") if desc and items else results
-    if workers <= 0:
-        yield from bar(map(f, items))
-        return
+    results = _on_threads(f, items, workers) if workers > 0 else map(f, items)
+    yield from tqdm(results, total=len(items), desc=desc, unit="file") if desc and items else results
+
+def _on_threads(f, items, workers):
     with ThreadPoolExecutor(workers) as pool:
-        try: yield from bar(_bounded(pool, f, items, 4 * workers))
+        try: yield from _bounded(pool, f, items, 4 * workers)
         finally: pool.shutdown(wait=False, cancel_futures=True)
 
 # %% ../nbs/00_files.ipynb #0373f24f

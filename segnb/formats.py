@@ -122,7 +122,7 @@ def split_row(line: bytes, row: int) -> list[str]:
     csv.field_size_limit(2**31 - 1)   # a class map is longer than the 131,072 characters allowed otherwise
     return next(csv.reader([text]))
 
-# %% ../nbs/52_formats.ipynb #a2d1698f
+# %% ../nbs/52_formats.ipynb #259dc5b7
 class Table:
     "A CSV with one row an image"
     suffix, needs_size = ".csv", True
@@ -138,7 +138,7 @@ class Table:
         "The last cell of each of its rows"
         return [self.to_text(mask)]
 
-    def decode(self, texts: list[str], size: tuple[int, int]) -> np.ndarray:
+    def mask_of(self, texts: list[str], size: tuple[int, int]) -> np.ndarray:
         "The mask of those cells"
         return self.to_mask(texts[0], size)
 
@@ -193,7 +193,7 @@ class ClassTable(Table):
         n, wrong = self.layout.n_values, values >= self.layout.n_values
         return f"number {wrong.argmax() + 1} is {values[wrong.argmax()]}, the classes are 0..{n - 1}" if wrong.any() else ""
 
-# %% ../nbs/52_formats.ipynb #70c29062
+# %% ../nbs/52_formats.ipynb #3eb7fa14
 class LabelTable(RleTable):
     "handbone: name, label, run lengths; one row a label"
     def __init__(self, layout: Layout):
@@ -205,7 +205,7 @@ class LabelTable(RleTable):
     def encode(self, mask: np.ndarray) -> list[str]:
         return [self.to_text(plane) for plane in np.ascontiguousarray(np.moveaxis(mask, -1, 0))]
 
-    def decode(self, texts: list[str], size: tuple[int, int]) -> np.ndarray:
+    def mask_of(self, texts: list[str], size: tuple[int, int]) -> np.ndarray:
         return np.moveaxis(np.stack([self.to_mask(text, size) for text in texts]), 0, -1)   # a view: each label stays in one piece
 
 # %% ../nbs/52_formats.ipynb #a1caf4b3
@@ -226,7 +226,7 @@ def table_index(table: Table, path: Path) -> dict[str, dict[tuple, int]]:
         index[key[0]][key] = offset
     return index
 
-# %% ../nbs/52_formats.ipynb #d937f89c
+# %% ../nbs/52_formats.ipynb #7cf761ae
 def table_mask(table: Table, path: Path, image_id: str, offsets: dict[tuple, int]) -> np.ndarray:
     "The mask of one image, from its rows"
     texts = []
@@ -235,7 +235,7 @@ def table_mask(table: Table, path: Path, image_id: str, offsets: dict[tuple, int
             if key not in offsets: raise ValueError(f"there is no row for {' '.join(key)!r}")
             file.seek(offsets[key])
             texts.append(split_row(file.readline(), 2)[table.value])
-    return table.decode(texts, table.layout.size(image_id))
+    return table.mask_of(texts, table.layout.size(image_id))
 
 # %% ../nbs/52_formats.ipynb #56175d73
 def check_table(table: Table, path: Path, found: Problems):

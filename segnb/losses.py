@@ -188,12 +188,12 @@ def build_loss(name: str,                       # a name of `LOSSES`
     if n_classes: loss(torch.zeros(1, n_classes, 2, 2), torch.zeros(1, 2, 2).long() if task == "multiclass" else torch.zeros(1, n_classes, 2, 2))
     return loss
 
-# %% ../nbs/08_losses.ipynb #4f75de59
+# %% ../nbs/08_losses.ipynb #dfe6d76a
 def pixel_mean(values: Tensor,             # loss of each pixel
                valid: Tensor | None,       # same shape, True where the pixel counts; None: everywhere
-               mass: Tensor | None = None, # same shape, what each pixel counts for; None: 1
+               mass: Tensor | None = None, # same shape, what each pixel counts for (`values` hold it already); None: 1
               ) -> Tensor:                 # scalar
-    "Sum of `values` over sum of `mass`, both over the pixels that count; 0 if none does"
+    "Mean over the pixels that count; 0 if none does"
     if valid is None and mass is None: return values.mean()
     share = torch.ones_like(values) if mass is None else mass
     if valid is not None: values, share = values.masked_fill(~valid, 0), share.masked_fill(~valid, 0)
@@ -209,12 +209,12 @@ def per_class(values: list[float],  # one for each channel of `logits`
         raise ValueError(f"loss option {option} has {len(values)} values, the network has {logits.shape[1]} channels: give one for each")
     return logits.new_tensor(values)
 
-# %% ../nbs/08_losses.ipynb #0d394a14
+# %% ../nbs/08_losses.ipynb #e5736d32
 def bce_values(logits: Tensor, target: Tensor,
                pos_weight: PerClass, label_smoothing: float) -> Tensor:  # (B, C, H, W)
     "Binary cross-entropy of each pixel and label"
     weight = None if pos_weight is None else per_class(pos_weight, logits, "pos_weight")[:, None, None]
-    target = target * (1 - label_smoothing) + label_smoothing / 2
+    if label_smoothing: target = target * (1 - label_smoothing) + label_smoothing / 2
     return F.binary_cross_entropy_with_logits(logits, target, pos_weight=weight, reduction="none")
 
 @register("binary multilabel", class_weights="multilabel")
@@ -338,7 +338,7 @@ def over_classes(values: Tensor,            # (N, C) loss of each region and cla
     weights = None if class_weights is None else per_class(class_weights, values, "class_weights")[first:]
     return mean_over_classes(values[:, first:], counts[:, first:], weights)
 
-# %% ../nbs/08_losses.ipynb #a0b4f312
+# %% ../nbs/08_losses.ipynb #4d8876ee
 Classes = Literal["all", "present"]
 REGIONS = dict(background="multiclass", classes="multiclass multilabel", class_weights="multiclass multilabel")
 
@@ -346,20 +346,20 @@ REGIONS = dict(background="multiclass", classes="multiclass multilabel", class_w
 def dice_loss(logits, target, valid, *, per_image: bool = False, smooth: NonNegative = 1.0, log: bool = False,
               background: bool = True, classes: Classes = "all", class_weights: PerClass = None):
     "1 − soft Dice (Milletari et al. 2016, arXiv:1606.04797), or −log of it: Dice is (2 |P∩T| + smooth) / (|P| + |T| + smooth)"
-    both, pred, true = soft_areas(*class_regions(logits, target), valid, per_image)
+    both, pred, true = soft_areas(*class_regions(logits, target), valid=valid, per_image=per_image)
     dice = (2 * both + smooth) / (pred + true + smooth).clamp(min=1e-7)
     return over_classes(-dice.clamp(min=1e-7).log() if log else 1 - dice, true, background, classes, class_weights)
 
-# %% ../nbs/08_losses.ipynb #9f4d21e2
+# %% ../nbs/08_losses.ipynb #e7a27070
 @register(**REGIONS)
 def jaccard_loss(logits, target, valid, *, per_image: bool = False, smooth: NonNegative = 1.0, log: bool = False,
                  background: bool = True, classes: Classes = "all", class_weights: PerClass = None):
     "1 − soft Jaccard (Rahman and Wang 2016), or −log of it: Jaccard is (|P∩T| + smooth) / (|P∪T| + smooth)"
-    both, pred, true = soft_areas(*class_regions(logits, target), valid, per_image)
+    both, pred, true = soft_areas(*class_regions(logits, target), valid=valid, per_image=per_image)
     jaccard = (both + smooth) / (pred + true - both + smooth).clamp(min=1e-7)
     return over_classes(-jaccard.clamp(min=1e-7).log() if log else 1 - jaccard, true, background, classes, class_weights)
 
-# %% ../nbs/08_losses.ipynb #014bcc90
+# %% ../nbs/08_losses.ipynb #e4233008
 def tversky_values(areas: tuple[Tensor, Tensor, Tensor],  # of `soft_areas`
                     alpha: float, beta: float, smooth: float) -> Tensor:  # (N, C)
     "1 − (|P∩T| + smooth) / (|P∩T| + alpha |P∖T| + beta |T∖P| + smooth)"
@@ -370,14 +370,14 @@ def tversky_values(areas: tuple[Tensor, Tensor, Tensor],  # of `soft_areas`
 def tversky_loss(logits, target, valid, *, alpha: NonNegative = 0.3, beta: NonNegative = 0.7, per_image: bool = False, smooth: NonNegative = 1.0,
                  background: bool = True, classes: Classes = "all", class_weights: PerClass = None):
     "1 − Tversky index (Salehi et al. 2017, arXiv:1706.05721): `alpha` weighs false alarms, `beta` misses"
-    areas = soft_areas(*class_regions(logits, target), valid, per_image)
+    areas = soft_areas(*class_regions(logits, target), valid=valid, per_image=per_image)
     return over_classes(tversky_values(areas, alpha, beta, smooth), areas[2], background, classes, class_weights)
 
 @register(**REGIONS)
 def focal_tversky_loss(logits, target, valid, *, alpha: NonNegative = 0.3, beta: NonNegative = 0.7, gamma: Positive = 4 / 3, per_image: bool = False,
                        smooth: NonNegative = 1.0, background: bool = True, classes: Classes = "all", class_weights: PerClass = None):
     "(1 − Tversky index)^(1/gamma) of each class (Abraham and Khan 2019, arXiv:1810.07842, whose alpha is the `beta` here)"
-    areas = soft_areas(*class_regions(logits, target), valid, per_image)
+    areas = soft_areas(*class_regions(logits, target), valid=valid, per_image=per_image)
     values = tversky_values(areas, alpha, beta, smooth).clamp(min=1e-7) ** (1 / gamma)    # the power's slope at 0 is infinite
     return over_classes(values, areas[2], background, classes, class_weights)
 

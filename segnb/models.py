@@ -204,7 +204,7 @@ class SegModel(nn.Module):
             raise RecipeError(f"This encoder is made for pictures of {a}x{b} and was given {h}x{w}: set augment.size and predict.size (or predict.window) to {a}, or make "
                               f"it for another size by the model's options: encoder_options: {{img_size: {h}}}. ({' '.join(str(error).split())[:100]})") from error
 
-# %% ../nbs/07_models.ipynb #cd5ba748
+# %% ../nbs/07_models.ipynb #3bf703b6
 def build_model(arch: str,                 # a name in `ARCHS`
                 encoder: str,              # an smp encoder, or tu-<timm name>
                 *,
@@ -218,7 +218,8 @@ def build_model(arch: str,                 # a name in `ARCHS`
                 **options,                 # of the architecture: decoder_channels, encoder_depth, …
                ) -> SegModel:
     "A network by name. `RecipeError` for unknown names or options, and for weights that cannot be had"
-    check_names(arch, encoder := timm_name(encoder))
+    encoder = timm_name(encoder)
+    check_names(arch, encoder)
     stem, options = stem_options(stem), check_options(arch, options)
     before = Stem(stem, in_channels) if stem.means or stem.adapter else None
     if dropout is not None: options, dropout = _place_dropout(arch, options, dropout)
