@@ -14,7 +14,7 @@ __all__ = ['OPTIONS', 'PLAIN_VIEWS', 'NEVER', 'SKIPPED', 'UNCHECKED', 'PASSING',
            'submissions', 'import_lines_of', 'bundle_run', 'copy_file', 'write_manifest', 'sizes', 'refuse_too_large',
            'refuse_too_slow', 'pack_zip', 'add_wheels']
 
-# %% ../nbs/51_bundle.ipynb #ffcadd2a
+# %% ../nbs/51_bundle.ipynb #34646c3c
 import ast, importlib.metadata, json, re, subprocess, sys, time, zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -34,7 +34,7 @@ from .losses import asks_balance, check_options, loss_options
 from .narrow import narrowed
 from .pipeline import Run, package_folder, raw_hashes, sides
 from .postprocess import LABEL_RULES
-from .recipe import Named, Recipe, Section
+from .recipe import Model, Named, Recipe, Section
 from .store import MaskStore
 from .train import new_model
 from .transforms import mirror_pairs
@@ -89,7 +89,7 @@ SKIPPED = ("check_names", "self.checkpoint", "self.watch", "self.watch.add", "se
 UNCHECKED = ("check_shapes", "check_values", "check_runs", "self.wrong", "listing.wrong", "note_repeats", "note_unknown", "self.seen.add", "inside", "_folder_inside")   # where nothing can be wrong
 PASSING = {("losses", "check_options"): 2}   # functions that answer with one of their arguments, where it is right
 
-# %% ../nbs/51_bundle.ipynb #e25c6763
+# %% ../nbs/51_bundle.ipynb #0bcccaab
 UNCHOSEN = ("name", "classes", "timed", "tune", "track", "encoder_weights")   # keys at the top whose texts choose nothing
 
 def literals(model: type) -> dict[str, tuple]:
@@ -105,7 +105,8 @@ def recipe_choices(recipe: Recipe) -> list[Choice]:
     def visit(value, allowed=()):
         if isinstance(value, Section):
             known = literals(type(value))
-            for key in type(value).model_fields: yield from visit(getattr(value, key), known.get(key, ()))
+            for key in type(value).model_fields:
+                if not (isinstance(value, Model) and key == "name"): yield from visit(getattr(value, key), known.get(key, ()))
         elif hasattr(value, "options") and hasattr(value, "name"): yield from visit({"name": value.name, **value.options})
         elif isinstance(value, dict): yield from (c for v in value.values() for c in visit(v))
         elif isinstance(value, (list, tuple)): yield from (c for v in value for c in visit(v, allowed))
