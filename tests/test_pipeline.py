@@ -7,7 +7,8 @@ import nbformat, papermill, psutil, pytest
 from conftest import ROOT, SEGNB, TINY, segnb, settings
 
 from segnb.files import SegnbError
-from segnb.pipeline import FUNCTIONS, STAGES, check_parameters, imported_rooms, run_half, run_notebook, stage_notebook
+from segnb.kernels import check_parameters, run_notebook
+from segnb.pipeline import FUNCTIONS, STAGES, imported_rooms, run_half, stage_cells, stage_notebook
 
 NOTEBOOKS = [s for s in STAGES.values() if s.notebook]
 
@@ -43,7 +44,7 @@ def test_parameters_of_stage_notebooks(stage):
 @pytest.mark.parametrize("stage", NOTEBOOKS, ids=lambda s: s.name)
 def test_a_stage_names_all_sections_it_reads(stage):
     "A section that a stage reads without saying so would change nothing when it changes"
-    source = run_half(nbformat.read(stage_notebook(stage.notebook), 4))
+    source = run_half(stage_cells(stage.notebook))
     room = stage.notebook.split("_", 1)[1]
     used = set(re.findall(r"\brecipe\.(\w+)", source + (ROOT / "segnb" / f"{room}.py").read_text("utf8")))
     of_all = {"name", "n_classes", "track", "model_copy", "model_dump", "yaml"}
@@ -207,7 +208,7 @@ def test_a_kernel_of_this_interpreter_whatever_lies_around(tmp_path):
     stray.mkdir(parents=True)
     (stray / "kernel.json").write_text(json.dumps({"argv": ["/bin/false"], "display_name": "python3", "language": "python"}))
     notebook = small_notebook(tmp_path / "who.ipynb", "x = 1", "import sys\nprint(sys.executable, x)")
-    code = f"from segnb.pipeline import run_notebook; run_notebook({str(notebook)!r}, {str(tmp_path / 'out.ipynb')!r}, {{'x': 2}})"
+    code = f"from segnb.kernels import run_notebook; run_notebook({str(notebook)!r}, {str(tmp_path / 'out.ipynb')!r}, {{'x': 2}})"
     clean = {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin", "JUPYTER_PATH": str(tmp_path / "jupyter")}
     done = subprocess.run([sys.executable, "-c", code], env=clean, capture_output=True, text=True, timeout=120)
     assert done.stdout == f"{sys.executable} 2\n", done.stderr
