@@ -170,6 +170,7 @@ class Train(Section):
     ema: float | None = Field(None, gt=0, lt=1)      # decay of the averaged weights, which are then the ones kept
     swa: float | None = Field(None, ge=0, lt=1)      # share of the fit after which weights are averaged, equally, once an epoch; the average is kept
     swa_batches: int = Field(100, gt=0)              # training batches that BatchNorm statistics of this average are made from
+    deep_supervision: float = Field(0.0, ge=0)       # what the loss of each coarser block of a U-shaped decoder counts beside the main one; 0: none
     patience: int | None = Field(None, gt=0)         # epochs without a better score before the fit stops
     checkpoint_minutes: float = Field(5, gt=0)       # minutes between checkpoints within an epoch; each epoch ends with one
     compile: Literal["auto"] | bool = "auto"         # torch.compile of the training step; auto: on a GPU, where a probe says it pays

@@ -26,7 +26,7 @@ from .files import DataError, RecipeError, SegnbError, read_json, sha256_file, w
 from .launch import Place, find_place, joined, launch, slowest
 from .losses import asks_balance, balance, build_loss
 from .mixing import build_mixing
-from .models import SegModel, build_model
+from .models import RISING, SegModel, build_model, supervise
 from .optim import build_optimiser
 from .pack import Pack, TrainDataset, make_loader
 from .pipeline import STAGES, Run, Task, edit_manifest, read_manifest, task_parts, written
@@ -68,8 +68,10 @@ def new_model(recipe: Recipe, entry: Model, pack, weights: bool = True) -> SegMo
     torch.manual_seed(recipe.seed)
     mean, std = normalisation(recipe.data, pack)
     source = recipe.encoder_weights if entry.encoder_weights == "recipe" else entry.encoder_weights
-    return build_model(entry.arch, entry.encoder, in_channels=pack.n_channels, n_classes=recipe.n_classes,
-                       weights=source if weights else None, mean=mean, std=std, **entry.options)
+    model = build_model(entry.arch, entry.encoder, in_channels=pack.n_channels, n_classes=recipe.n_classes,
+                        weights=source if weights else None, mean=mean, std=std, **entry.options)
+    share = recipe.train.deep_supervision
+    return supervise(model, recipe.n_classes, share) if share and entry.arch in RISING else model
 
 # %% ../nbs/30_train.ipynb #5aa1527e
 def best_device(local: int = 0) -> torch.device:  # local: number of this process on its machine
@@ -257,6 +259,8 @@ def decide(fit: Fit, started: float) -> Model:
             entry = entry.model_copy(update=decided)
             break
         entry = halve(fit, entry)
+    if train.deep_supervision and entry.arch not in RISING and not fit.place.rank:
+        print(f"train.deep_supervision is left aside: the decoder of {entry.arch} is no row of blocks, as those of {', '.join(RISING)} are")
     if train.minutes and train.epoch_scale != 1 and not fit.place.rank:
         print(f"train.epoch_scale {train.epoch_scale:g} is left aside: train.minutes decides how long an epoch is, {fit.plan(entry).batches} batches")
     return entry

@@ -186,6 +186,19 @@ def test_every_room_is_wired_and_survives_a_stop(start, monkeypatch):
         assert curve(other).loss.tolist() != curve(whole).loss.tolist(), key
 
 
+def test_deep_supervision_leaves_the_network_as_it_is(start, alone, monkeypatch):
+    "Heads that only training has: other weights of the same names, a network that predicts, and a fit that is cut and continues to the same bytes"
+    deep, cut = (start(name, optim=SGD, train__deep_supervision=1.0, train__checkpoint_minutes=1e-9) for name in ("deep", "deep_cut"))
+    train.fit_fold(deep, "small", 0)
+    assert weights(deep).keys() == weights(alone).keys() and not torch.equal(weights(deep)["net.segmentation_head.0.weight"], weights(alone)["net.segmentation_head.0.weight"])
+    assert train.load_fold(deep, "small", 0)(torch.zeros(1, 3, 64, 64)).shape == (1, 1, 64, 64)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "build_loss", lambda *args, build=train.build_loss, **options: StopsAt(build(*args, **options), 8))   # three outputs a batch: within the third
+        with pytest.raises(KeyError): train.fit_fold(cut, "small", 0)
+    train.fit_fold(cut, "small", 0)
+    assert bare(cut) == bare(deep)
+
+
 def test_processes_whose_memory_runs_out_halve_the_batches_once(alone, monkeypatch):
     run = Run(shutil.copytree(alone.folder, alone.folder.with_name("race")))
 
