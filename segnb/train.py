@@ -212,10 +212,11 @@ class Fit:
     def dataset(self, plan: Plan) -> TrainDataset:
         "Augmented training samples; a schedule of the sampling runs over the epochs of `plan`"
         sampling, pack, recipe = build_sampling(self.recipe, self.pack, self.train_rows, epoch_batches=plan.batches), self.pack, self.recipe
+        unknown = unknown_value(recipe) if self.labels else None
         if self.labels:
             sampling = PseudoSampling(self.train_rows, sampling, len(pack), len(self.labels), recipe.pseudo.ratio, recipe.seed)
             pack = WithPseudo(pack, self.labels)
-        return TrainDataset(pack, self.train_rows, recipe_augment(recipe), recipe.seed, sampling=sampling, maps=getattr(self.loss, "maps", None))
+        return TrainDataset(pack, self.train_rows, recipe_augment(recipe, unknown), recipe.seed, sampling=sampling, maps=getattr(self.loss, "maps", None))
 
     def stream(self, entry: Model) -> Iterator[dict]:
         "Batches without end as this process takes them, on the device and mixed"

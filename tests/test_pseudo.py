@@ -27,6 +27,7 @@ def test_a_fit_its_labels_and_a_fit_with_them(tmp_path):
     dataset = fit.dataset(fit.plan(fit.entry))
     seen = {dataset.pick(epoch, place)[0] for epoch in range(4) for place in range(len(dataset))}
     assert first["pseudo_images"] == len(fit.labels) > 0 and not {*fit.valid_rows} & seen
+    assert dataset.augment.transforms[0].frame.ignore_index == 255            # no crop is aimed at what nobody knows
     assert seen == {*fit.train_rows} | {len(run.samples()) + k for k in range(len(fit.labels))}
 
     before = sha256_file(folder / "best.safetensors")
