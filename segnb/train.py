@@ -281,7 +281,7 @@ def _decide(fit, entry, started):
     decided = table.iloc[0][["precision", "memory_format"]].to_dict()
     if not fit.place.rank: print(table.assign(images_per_s=(len(batch["image"]) * fit.place.world / table.seconds).round(1)).round(3).to_string(index=False))
     forward, cost, decided["compile"] = _choose_compile(fit, entry, model, loss, batch, setting, decided, table.seconds.min())
-    if train.minutes and not entry.steps: decided["steps"] = _fitting_steps(fit, entry, model, loss, stream, forward, started + cost, decided)
+    if train.minutes and not entry.steps: decided["steps"] = _fitting_steps(fit, entry, model, loss, stream, forward, started - cost, decided)
     return decided
 
 def on_device(loss, device: torch.device):
