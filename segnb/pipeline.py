@@ -46,7 +46,7 @@ class Stage:
     unread: tuple[str, ...] = ()   # dotted keys of its sections that it does not look at
 
 # %% ../nbs/09_pipeline.ipynb #b3aa5fad
-LATER = ("predict.tta", "predict.scales", "predict.merge", "predict.merge_on", "predict.fast")   # a fit validates without them
+LATER = ("predict.tta", "predict.merge", "predict.merge_on", "predict.fast")   # a fit validates without them
 
 STAGES = {stage.name: stage for stage in (
     Stage("check", "", (), "task classes data submit", "all", "doctor.json samples.parquet"),
@@ -199,6 +199,7 @@ def recipe_parts(asked: Recipe, stage: Stage, model: str = "") -> dict:
     parts = {name: raw[name] for name in stage.sections.split()}
     for name in parts.keys() & WITHOUT_EFFECT.keys(): parts[name] = {k: v for k, v in parts[name].items() if k not in WITHOUT_EFFECT[name]}
     if "pseudo" in parts and not asked.pseudo.rounds: parts["pseudo"] = {"rounds": 0}   # off: the rest decides nothing
+    if stage.unread: parts["predict"]["scales"] = asked.predict.plain().scales     # a fit validates at one of them
     for section, key in (dotted.split(".") for dotted in stage.unread): parts[section] = {k: v for k, v in parts[section].items() if k != key}
     if model: parts["model"] = next(m for m in raw["models"] if m["name"] == model)
     return parts

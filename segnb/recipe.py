@@ -11,7 +11,7 @@ __all__ = ['Share', 'Size', 'FORMATS', 'AnyData', 'Pixels', 'Amount', 'RuleName'
            'explain_errors', 'to_yaml', 'save_recipe', 'recipe_hash']
 
 # %% ../nbs/00_recipe.ipynb #e868bade
-import json, os, re, typing
+import json, math, os, re, typing
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 import yaml
@@ -212,8 +212,8 @@ class Predict(Section):
         return self
 
     def plain(self) -> "Predict":
-        "Without test-time augmentation, as a fit validates"
-        return self.model_copy(update={"tta": [], "scales": [1.0], "merge": "mean", "merge_on": "probs"})
+        "Without test-time augmentation, as a fit validates: at the one of its scales that is nearest to 1"
+        return self.model_copy(update={"tta": [], "scales": [min(self.scales, key=lambda s: abs(math.log(s)))], "merge": "mean", "merge_on": "probs"})
 
 # %% ../nbs/00_recipe.ipynb #9dde372c
 class Ensemble(Section):
