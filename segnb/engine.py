@@ -7,7 +7,8 @@ __all__ = ['THRESHOLDS', 'RESULTS', 'Plan', 'Share', 'FitBatches', 'to_target', 
            'FitModule', 'part_weight', 'image_counts', 'best_score', 'WholeImages', 'as_list', 'valid_loader',
            'sync_buffers', 'gather_counts', 'AllSum', 'SharedNorm', 'share_norms', 'Averager', 'ema_decay', 'Ema',
            'Swa', 'recompute_statistics', 'statistics_batches', 'build_averager', 'read_checkpoint', 'candidate',
-           'promote', 'clear', 'save_weights', 'plain_mask', 'Keeper', 'Among', 'make_trainer', 'train_job']
+           'cut_short', 'promote', 'clear', 'save_weights', 'plain_mask', 'Keeper', 'Among', 'make_trainer',
+           'train_job']
 
 # %% ../nbs/34_engine.ipynb #7a744969
 import json, logging, math, time, warnings
@@ -483,14 +484,18 @@ def read_checkpoint(folder: Path, key: str) -> dict | None:
 
 def candidate(folder: Path, epoch: int) -> Path: return folder / f".best-{epoch}.safetensors"
 
+def cut_short(folder: Path) -> list[Path]:
+    "Files that a kill left half written, and weights that wait for their name"
+    return [path for path in folder.glob(".*") if path.is_file()]
+
 def promote(folder: Path, epoch: int | None):
     "The best weights of `epoch` take their name; those of any other epoch, and files cut short by a kill, go"
     if epoch is not None and candidate(folder, epoch).exists(): candidate(folder, epoch).replace(folder / "best.safetensors")
-    for path in folder.glob(".*"): path.unlink(missing_ok=True)
+    for path in cut_short(folder): path.unlink(missing_ok=True)
 
 def clear(folder: Path):
     "Remove what another fit left"
-    for path in (*map(folder.joinpath, RESULTS), *folder.glob(".*")): path.unlink(missing_ok=True)
+    for path in (*map(folder.joinpath, RESULTS), *cut_short(folder)): path.unlink(missing_ok=True)
 
 # %% ../nbs/34_engine.ipynb #8c86ebbd
 def save_weights(model: nn.Module, path: str | Path):

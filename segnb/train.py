@@ -510,10 +510,10 @@ def teach(fit: Fit, folder: Path):
 
 # %% ../nbs/30_train.ipynb #378083f1
 def clear_rounds(run: Run, model: str, fold: int):
-    "Remove what rounds left that the recipe no longer asks for, and what the manifest says of them"
+    "Remove what rounds left that the recipe no longer asks for, or a kill left half written, and what the manifest says of them"
     folder, rounds = run.path("models", model, f"fold{fold}"), run.recipe.pseudo.rounds
     kept = {f"round{r}" for r in range(rounds)} | {f"pseudo{r + 1}" for r in range(rounds)}
-    for path in [*folder.glob("round*/"), *folder.glob("pseudo*/")]:
+    for path in [*folder.glob("round*/"), *folder.glob("pseudo*/"), *folder.glob(".pseudo*/")]:
         if path.name not in kept: shutil.rmtree(path)
     task = f"{model} fold {fold}"
     if not {r for r in read_manifest(run.folder).get("pseudo", {}).get(task, {}) if r.replace("round ", "pseudo") not in kept}: return
