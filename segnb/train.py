@@ -88,7 +88,7 @@ def loader_workers(setting: str | int, processes: int = 1) -> int:
 # %% ../nbs/30_train.ipynb #ede62d69
 def candidates(device: torch.device, precision: str, memory_format: str) -> list[tuple[str, str]]:
     "(precision, memory format) pairs that a recipe leaves open on `device`"
-    half = "bf16" if device.type != "cuda" or torch.cuda.is_bf16_supported() else "fp16"
+    half = "bf16" if device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     pairs = [("fp32", "contiguous"), ("fp32", "channels_last"), (half, "channels_last")]
     if precision == "fp16" and device.type == "cpu": raise RecipeError("train.precision fp16 needs a GPU: use bf16, fp32 or auto on a processor.")
     if precision != "auto" and memory_format != "auto": return [(precision, memory_format)]
