@@ -673,7 +673,7 @@ def make_trainer(job: Job, epochs: int, callbacks: list[Callback]) -> L.Trainer:
                            process_group_backend="gloo" if job.device.type == "cpu" else None) if many else "auto"
     return L.Trainer(max_epochs=epochs, accelerator=job.device.type, devices=job.share.world // job.nodes if many else 1, num_nodes=job.nodes if many else 1,
                      strategy=strategy, sync_batchnorm=many and job.device.type == "cuda", precision=precision,
-                     plugins=[Among(job)] if many else None,
+                     plugins=[Among(job)],
                      accumulate_grad_batches=config.train.accumulate * job.share.split, gradient_clip_val=config.optim.clip, callbacks=callbacks,
                      logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
                      use_distributed_sampler=False)
