@@ -6,9 +6,9 @@
 __all__ = ['IMAGENET', 'LONG', 'LOOP', 'ONE_IMAGE', 'fold_rows', 'normalisation', 'new_model', 'best_device', 'n_cores',
            'loader_workers', 'candidates', 'to_device', 'one_pass', 'seconds_of', 'step_seconds', 'probe',
            'compile_pays', 'ask_compile', 'make_plan', 'budget_steps', 'median_pace', 'recipe_loss', 'Fit',
-           'round_folder', 'decide', 'record', 'on_device', 'measure_pace', 'halve', 'fit_key', 'fit_fold', 'fit_round',
-           'fit_here', 'fit_process', 'fit_in_group', 'record_fit', 'load_fold', 'load_fit', 'learn_labels', 'teach',
-           'clear_rounds', 'plot_curve', 'validation_pictures']
+           'round_folder', 'decide', 'record', 'on_device', 'measure_pace', 'halve', 'check_mixing', 'fit_key',
+           'fit_fold', 'fit_round', 'fit_here', 'fit_process', 'fit_in_group', 'record_fit', 'load_fold', 'load_fit',
+           'learn_labels', 'teach', 'clear_rounds', 'plot_curve', 'validation_pictures']
 
 # %% ../nbs/30_train.ipynb #8820e45a
 import gc, math, os, shutil, time
@@ -361,7 +361,17 @@ def halve(fit: Fit, entry: Model) -> Model:
     fit.run.decide(entry.name, split=split)
     gc.collect()
     if fit.device.type == "cuda": torch.cuda.empty_cache()
-    return entry.model_copy(update={"split": split})
+    entry = entry.model_copy(update={"split": split})
+    check_mixing(fit, entry)
+    return entry
+
+def check_mixing(fit: Fit, entry: Model):
+    "Say where MixUp and CutMix find no neighbour in the parts of a batch; `RecipeError` where they find none in what a process takes of it"
+    size, world = fit.recipe.train.batch_size, fit.place.world
+    names = " and ".join(m.name for m in fit.recipe.mixing if m.name in ("mixup", "cutmix"))
+    if not names: return
+    if size // world < 2: raise RecipeError(f"mixing: {names} needs a neighbour, and of train.batch_size {size} some of {world} processes take one image: set it to {2 * world} or more.")
+    if size // ((entry.split or 1) * world) < 2 and not fit.place.rank: print(f"{fit.label}: {names} needs a neighbour, and parts of one image have none: these are not mixed")
 
 # %% ../nbs/30_train.ipynb #8d2924bd
 def fit_key(fit: Fit, entry: Model) -> str:
@@ -395,6 +405,7 @@ def fit_round(run: Run, model: str, fold: int, round: int) -> dict:
 def fit_here(fit: Fit, started: float) -> dict:
     "The part of this process in a fit"
     if fit.device.type == "cpu": keep_memory()
+    check_mixing(fit, fit.entry)
     learn_labels(fit)
     entry = decide(fit, started)
     key = fit_key(fit, entry)
