@@ -612,9 +612,9 @@ def _keep_last(self, module):
 
 def _row(self, trainer, module):
     module.watch.flush()
-    seconds, plan = time.perf_counter() - self.started, self.job.plan
+    seconds, trained, plan = time.perf_counter() - self.started, self.ended - self.started, self.job.plan   # trained: without the validation
     return dict(epoch=module.epoch, step=(module.epoch + 1) * plan.steps, loss=float(torch.stack(module.losses).mean()), lr=module.rate,
-                seconds=round(seconds, 2), images_per_s=round(plan.batches * plan.batch_size / seconds, 1), waited=round(self.waited / seconds, 4))
+                seconds=round(seconds, 2), images_per_s=round(plan.batches * plan.batch_size / trained, 1), waited=round(self.waited / trained, 4))
 
 Keeper.on_train_epoch_end, Keeper.keep_last, Keeper.row = _epoch_end, _keep_last, _row
 
