@@ -8,15 +8,16 @@ __all__ = ['THRESHOLDS', 'RESULTS', 'Plan', 'Share', 'FitBatches', 'to_target', 
            'sync_buffers', 'gather_counts', 'AllSum', 'SharedNorm', 'share_norms', 'Averager', 'ema_decay', 'Ema',
            'Swa', 'recompute_statistics', 'statistics_batches', 'build_averager', 'read_checkpoint', 'candidate',
            'cut_short', 'promote', 'clear', 'save_weights', 'plain_mask', 'Keeper', 'Among', 'make_trainer',
-           'train_job']
+           'interruptible', 'train_job']
 
 # %% ../nbs/34_engine.ipynb #7a744969
-import json, logging, math, time, warnings
+import json, logging, math, signal, time, warnings
 from collections import deque
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Callable, Iterable, Sequence
+from typing import Callable, Iterable, Iterator, Sequence
 import lightning as L
 import numpy as np
 import pandas as pd
@@ -679,6 +680,16 @@ def make_trainer(job: Job, epochs: int, callbacks: list[Callback]) -> L.Trainer:
                      use_distributed_sampler=False)
 
 # %% ../nbs/34_engine.ipynb #6d0ab745
+@contextmanager
+def interruptible() -> Iterator[None]:
+    "Ctrl-C comes out as what it is: Lightning would end the process with the code of an error, and let it ignore the next"
+    before = signal.getsignal(signal.SIGINT)
+    try: yield
+    except SystemExit as end:
+        if not isinstance(end.__context__, KeyboardInterrupt): raise
+        signal.signal(signal.SIGINT, before)
+        raise end.__context__ from None
+
 def train_job(job: Job) -> Keeper:
     "Fit from the start or from `last.ckpt` to the end; the files are in the folder"
     state = read_checkpoint(job.folder, job.key)
@@ -690,6 +701,6 @@ def train_job(job: Job) -> Keeper:
         module = FitModule(job, state)
         batches = FitBatches(len(job.dataset), job.plan, job.share, module.epoch, module.steps_done * job.plan.accumulate)
         trainer = make_trainer(job, job.plan.epochs - module.epoch, [keeper])
-        trainer.fit(module, make_loader(job.dataset, batches, job.workers), valid_loader(job) if len(job.valid_rows) else None)
+        with interruptible(): trainer.fit(module, make_loader(job.dataset, batches, job.workers), valid_loader(job) if len(job.valid_rows) else None)
     if job.first_process: keeper.write_rows()
     return keeper

@@ -97,6 +97,7 @@ def child():
     threading.Thread(target=_end_with_parent, daemon=True).start()
     room, function = call["function"].split(":")
     try: getattr(importlib.import_module(room), function)(**call["arguments"])
+    except KeyboardInterrupt: os._exit(130)   # its parent says so
     except Exception as error:
         report = {"kind": type(error).__name__, "message": str(error), "exit_code": getattr(error, "exit_code", 1)}
         write_json(Path(call["folder"]) / f"{os.environ['RANK']}.json", report)
