@@ -360,6 +360,7 @@ def disagreements(recipe: Recipe) -> list[str]:
     if len(set(models)) < len(models): found.append("models lists a name twice: each needs a folder of its own")
     if isinstance(folds.use, list) and any(not 0 <= k < max(folds.n, 1) for k in folds.use):
         found.append(f"folds.use names folds {folds.use}, but folds.n is {folds.n}: they are numbered from 0")
+    if folds.file and not folds.n: found.append("folds.file says which fold each image is in, and folds.n is 0, which holds none out: set folds.file to null, or folds.n to the folds it has")
     for name in recipe.track:
         if name not in TRACKERS: found.append("track: " + nearest(name, TRACKERS, "tracker").rstrip("."))
     if isinstance(recipe.tune.models, list):
