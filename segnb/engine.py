@@ -381,6 +381,7 @@ def share_norms(model: nn.Module):
 # %% ../nbs/34_engine.ipynb #91638b87
 class Averager:
     "A second set of the network's tensors, which takes the place of the first during validation"
+    begins = False   # is it now that an average replaces what was validated before?
     def __init__(self, job: Job, state: dict | None = None):
         self.job, self.state, self.n = job, (state or {}).get("average"), 0   # n: how many times the average was moved
 
@@ -439,6 +440,9 @@ class Ema(Averager):
 
 class Swa(Averager):
     "Equal average of the weights at the ends of the last epochs"
+    @property
+    def begins(self) -> bool: return self.n == 1
+
     def after_part(self, module):
         if module.epoch_over and (module.epoch + 1) / self.job.plan.epochs > self.job.recipe.train.swa: self.move(self.n / (self.n + 1))
 
@@ -584,7 +588,7 @@ def _validation_start(self, trainer, module):
 def _validated(self, trainer, module):
     score, threshold, self.counts = best_score(gather_counts(module.found, self.job.share), self.job.recipe)
     self.score = dict(score=score, threshold=threshold)
-    if self.best is None or score > self.best or not math.isfinite(self.best):
+    if self.best is None or score > self.best or not math.isfinite(self.best) or (self.averager and self.averager.begins):
         self.best, self.best_epoch = score, module.epoch
         if self.job.first_process: save_weights(module.model, candidate(self.folder, module.epoch))
     if self.averager: self.averager.leave(module)
