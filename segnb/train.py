@@ -313,8 +313,12 @@ def _fitting_steps(fit, entry, model, loss, stream, forward, started, decided):
     how = {k: decided[k] for k in ("precision", "memory_format")}
     pace, validation = slowest(place, measure_pace(fit, model, loss, stream, forward, **how), _validation_seconds(fit, model, **how))
     left = 60 * train.minutes - slowest(place, time.monotonic() - started)[0]
-    steps = budget_steps(left, pace * train.accumulate * (entry.split or 1), validation, train.epochs)
+    step = pace * train.accumulate * (entry.split or 1)   # seconds
+    steps = budget_steps(left, step, validation, train.epochs)
     if not place.rank: print(f"{train.minutes:g} minutes: {steps} steps at {pace:.3f} s a batch, {train.epochs} validations of {validation:.1f} s")
+    least = steps * step + train.epochs * validation
+    if least > left and not place.rank: print(f"train.minutes is too short: one step for each of train.epochs {train.epochs} and their validations take {least:.0f} s, and {max(left, 0):.0f} s are left. "
+                                              "Lower train.epochs, or give it more minutes.")
     return steps
 
 def measure_pace(fit: Fit, model: nn.Module, loss: nn.Module, stream: Iterator[dict], forward: Callable, precision: str, memory_format: str) -> float:
