@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['THRESHOLDS', 'RESULTS', 'Plan', 'Share', 'FitBatches', 'to_target', 'batch_loss', 'Job', 'Watch', 'save_culprit',
-           'FitModule', 'part_weight', 'image_counts', 'best_score', 'WholeImages', 'as_list', 'valid_loader',
-           'sync_buffers', 'gather_counts', 'AllSum', 'SharedNorm', 'share_norms', 'Averager', 'ema_decay', 'Ema',
-           'Swa', 'recompute_statistics', 'statistics_batches', 'build_averager', 'read_checkpoint', 'candidate',
-           'cut_short', 'promote', 'clear', 'save_weights', 'plain_mask', 'Keeper', 'Among', 'make_trainer',
-           'interruptible', 'train_job']
+           'FitModule', 'part_weight', 'image_counts', 'best_score', 'WholeImages', 'as_list', 'validated_together',
+           'valid_loader', 'sync_buffers', 'gather_counts', 'AllSum', 'SharedNorm', 'share_norms', 'Averager',
+           'ema_decay', 'Ema', 'Swa', 'recompute_statistics', 'statistics_batches', 'build_averager', 'read_checkpoint',
+           'candidate', 'cut_short', 'promote', 'clear', 'save_weights', 'plain_mask', 'Keeper', 'Among',
+           'make_trainer', 'interruptible', 'train_job']
 
 # %% ../nbs/34_engine.ipynb #7a744969
 import json, logging, math, signal, time, warnings
@@ -143,7 +143,7 @@ class Job:
     network: Callable[[bool], nn.Module]    # True: with the weights a fit starts from; False: with any, a checkpoint brings its own
     loss: nn.Module
     dataset: Dataset                        # of (epoch, place): image, mask, row
-    pack: object = None                     # image(i), mask(i): read by validation
+    pack: object = None                     # image(i), mask(i), shape(i): read by validation
     valid_rows: Sequence[int] = ()
     ids: Sequence[str] = ()                 # image ids by row
     key: str = ""                           # names all that decides the weights
@@ -307,9 +307,14 @@ def as_list(items: list) -> list:
     "A batch of images that need not share a size"
     return items
 
+def validated_together(recipe: Recipe, pack, rows: Sequence[int]) -> int:
+    "Images of a validation batch: `predict.batch_size`, or as many as have their probabilities in a quarter of `ensemble.max_ram`"
+    largest = max((math.prod(pack.shape(i)) for i in rows), default=1)
+    return max(1, min(recipe.predict.batch_size, int(recipe.ensemble.max_ram * 2**26) // (largest * recipe.n_classes)))
+
 def valid_loader(job: Job) -> DataLoader:
     "This process's validation images; a process without any gets one empty batch, as it must wait for the others"
-    rows, size = job.valid_rows[job.share.rank::job.share.world], job.recipe.predict.batch_size
+    rows, size = job.valid_rows[job.share.rank::job.share.world], validated_together(job.recipe, job.pack, job.valid_rows)
     batches = [list(range(i, min(i + size, len(rows)))) for i in range(0, len(rows), size)]
     return DataLoader(WholeImages(job.pack, rows), batch_sampler=batches or [[]], collate_fn=as_list)
 

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from .augment import recipe_augment
-from .engine import FitBatches, Job, Plan, Share, batch_loss, image_counts, plain_mask, read_checkpoint, share_norms, train_job
+from .engine import FitBatches, Job, Plan, Share, batch_loss, image_counts, plain_mask, read_checkpoint, share_norms, train_job, validated_together
 from .figures import class_colors, new_figure, overlay, picture_grid, to_rgb
 from .files import DataError, RecipeError, SegnbError, read_json, sha256_file, write_json
 from .launch import Place, find_place, joined, launch, slowest
@@ -346,11 +346,11 @@ def _validation_seconds(fit, model, precision, memory_format):
     "Seconds of this process's share of a validation, from a few images of it"
     rows = fit.valid_rows[:2 * fit.recipe.predict.batch_size]
     if not len(rows): return 0.0
-    config = fit.recipe.predict.plain()
-    predictor = Predictor(model, config, task=fit.recipe.task, device=fit.device, precision=precision, memory_format=memory_format)
+    predictor = Predictor(model, fit.recipe.predict.plain(), task=fit.recipe.task, device=fit.device, precision=precision, memory_format=memory_format)
     start = time.perf_counter()
-    for i in range(0, len(rows), config.batch_size):
-        for row, probs in zip(rows[i:i + config.batch_size], predictor([fit.pack.image(r) for r in rows[i:i + config.batch_size]])):
+    size = validated_together(fit.recipe, fit.pack, fit.valid_rows)
+    for i in range(0, len(rows), size):
+        for row, probs in zip(rows[i:i + size], predictor([fit.pack.image(r) for r in rows[i:i + size]])):
             image_counts(probs, fit.pack.mask(row), fit.recipe)
     return (time.perf_counter() - start) * math.ceil(len(fit.valid_rows) / fit.place.world) / len(rows)
 
