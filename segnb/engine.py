@@ -412,7 +412,7 @@ class Averager:
         if self.n == 0: torch._foreach_copy_(self.average, current)
         else:
             torch._foreach_lerp_(pick(self.average, True), pick(current, True), 1 - keep)
-            for a, c in zip(pick(self.average, False), pick(current, False)): a.copy_(c)
+            if counters := pick(current, False): torch._foreach_copy_(pick(self.average, False), counters)
         self.n += 1
 
 # %% ../nbs/34_engine.ipynb #43e79dca
