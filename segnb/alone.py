@@ -9,7 +9,7 @@ __all__ = ['TUPLES', 'Settings', 'as_setting', 'read_settings', 'version_differe
            'read_folds', 'keep_some', 'compare_submission', 'mask_figure', 'curves_figure']
 
 # %% ../nbs/51_alone.ipynb #f7c60a88
-import importlib.metadata
+import importlib.metadata, math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 import matplotlib.pyplot as plt
@@ -60,7 +60,7 @@ class Settings:
 
     def plain(self) -> "Settings":
         "Of `predict`: without test-time augmentation, as a fit validates"
-        return self.model_copy({"tta": [], "scales": [1.0], "merge": "mean", "merge_on": "probs"})
+        return self.model_copy({"tta": [], "scales": [min(self.scales, key=lambda s: abs(math.log(s)))], "merge": "mean", "merge_on": "probs"})
 
 def as_setting(key: str, value):
     "A value of YAML as the code expects it"

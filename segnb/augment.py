@@ -237,9 +237,11 @@ def draws(augment: Augment,
     return made
 
 # %% ../nbs/20_augment.ipynb #0c6ea6c4
-def recipe_augment(recipe: Recipe) -> A.Compose:
+def recipe_augment(recipe: Recipe,
+                   unknown: int | None = None,   # what pseudo-labels say of a pixel that nobody knows
+                  ) -> A.Compose:
     "The augmentation that `recipe` asks for, told which mask value does not count and which classes change places in a mirror"
-    known = dict(ignore_index=recipe.data.ignore_index, mirror=mirror_pairs(recipe.classes))
+    known = dict(ignore_index=recipe.data.ignore_index if unknown is None else unknown, mirror=mirror_pairs(recipe.classes))
     return build_augment(recipe.augment.preset, size=recipe.augment.size, **(known | recipe.augment.options))
 
 # %% ../nbs/20_augment.ipynb #64fa0ead

@@ -5,18 +5,19 @@
 # %% auto #0
 __all__ = ['THRESHOLDS', 'RESULTS', 'Plan', 'Share', 'FitBatches', 'to_target', 'at_size', 'batch_loss', 'Job', 'Watch',
            'save_culprit', 'FitModule', 'part_weight', 'image_counts', 'best_score', 'WholeImages', 'as_list',
-           'valid_loader', 'sync_buffers', 'gather_counts', 'AllSum', 'SharedNorm', 'share_norms', 'Averager',
-           'ema_decay', 'Ema', 'Swa', 'recompute_statistics', 'statistics_batches', 'build_averager', 'read_checkpoint',
-           'candidate', 'promote', 'clear', 'save_weights', 'plain_mask', 'Keeper', 'Among', 'make_trainer',
-           'train_job']
+           'validated_together', 'valid_loader', 'sync_buffers', 'gather_counts', 'AllSum', 'SharedNorm', 'share_norms',
+           'Averager', 'ema_decay', 'Ema', 'Swa', 'recompute_statistics', 'statistics_batches', 'build_averager',
+           'read_checkpoint', 'candidate', 'cut_short', 'promote', 'clear', 'save_weights', 'plain_mask', 'Keeper',
+           'Among', 'make_trainer', 'interruptible', 'train_job']
 
 # %% ../nbs/34_engine.ipynb #7a744969
-import json, logging, math, time, warnings
+import json, logging, math, signal, time, warnings
 from collections import deque
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Callable, Iterable, Sequence
+from typing import Callable, Iterable, Iterator, Sequence
 import lightning as L
 import numpy as np
 import pandas as pd
@@ -151,7 +152,7 @@ class Job:
     network: Callable[[bool], nn.Module]    # True: with the weights a fit starts from; False: with any, a checkpoint brings its own
     loss: nn.Module
     dataset: Dataset                        # of (epoch, place): image, mask, row
-    pack: object = None                     # image(i), mask(i): read by validation
+    pack: object = None                     # image(i), mask(i), shape(i): read by validation
     valid_rows: Sequence[int] = ()
     ids: Sequence[str] = ()                 # image ids by row
     key: str = ""                           # names all that decides the weights
@@ -315,9 +316,14 @@ def as_list(items: list) -> list:
     "A batch of images that need not share a size"
     return items
 
+def validated_together(recipe: Recipe, pack, rows: Sequence[int]) -> int:
+    "Images of a validation batch: `predict.batch_size`, or as many as have their probabilities in a quarter of `ensemble.max_ram`"
+    largest = max((math.prod(pack.shape(i)) for i in rows), default=1)
+    return max(1, min(recipe.predict.batch_size, int(recipe.ensemble.max_ram * 2**26) // (largest * recipe.n_classes)))
+
 def valid_loader(job: Job) -> DataLoader:
     "This process's validation images; a process without any gets one empty batch, as it must wait for the others"
-    rows, size = job.valid_rows[job.share.rank::job.share.world], job.recipe.predict.batch_size
+    rows, size = job.valid_rows[job.share.rank::job.share.world], validated_together(job.recipe, job.pack, job.valid_rows)
     batches = [list(range(i, min(i + size, len(rows)))) for i in range(0, len(rows), size)]
     return DataLoader(WholeImages(job.pack, rows), batch_sampler=batches or [[]], collate_fn=as_list)
 
@@ -389,6 +395,7 @@ def share_norms(model: nn.Module):
 # %% ../nbs/34_engine.ipynb #91638b87
 class Averager:
     "A second set of the network's tensors, which takes the place of the first during validation"
+    begins = False   # is it now that an average replaces what was validated before?
     def __init__(self, job: Job, state: dict | None = None):
         self.job, self.state, self.n = job, (state or {}).get("average"), 0   # n: how many times the average was moved
 
@@ -414,7 +421,7 @@ class Averager:
         if self.n == 0: torch._foreach_copy_(self.average, current)
         else:
             torch._foreach_lerp_(pick(self.average, True), pick(current, True), 1 - keep)
-            for a, c in zip(pick(self.average, False), pick(current, False)): a.copy_(c)
+            if counters := pick(current, False): torch._foreach_copy_(pick(self.average, False), counters)
         self.n += 1
 
 # %% ../nbs/34_engine.ipynb #43e79dca
@@ -447,6 +454,9 @@ class Ema(Averager):
 
 class Swa(Averager):
     "Equal average of the weights at the ends of the last epochs"
+    @property
+    def begins(self) -> bool: return self.n == 1
+
     def after_part(self, module):
         if module.epoch_over and (module.epoch + 1) / self.job.plan.epochs > self.job.recipe.train.swa: self.move(self.n / (self.n + 1))
 
@@ -493,14 +503,18 @@ def read_checkpoint(folder: Path, key: str) -> dict | None:
 
 def candidate(folder: Path, epoch: int) -> Path: return folder / f".best-{epoch}.safetensors"
 
+def cut_short(folder: Path) -> list[Path]:
+    "Files that a kill left half written, and weights that wait for their name"
+    return [path for path in folder.glob(".*") if path.is_file()]
+
 def promote(folder: Path, epoch: int | None):
     "The best weights of `epoch` take their name; those of any other epoch, and files cut short by a kill, go"
     if epoch is not None and candidate(folder, epoch).exists(): candidate(folder, epoch).replace(folder / "best.safetensors")
-    for path in folder.glob(".*"): path.unlink(missing_ok=True)
+    for path in cut_short(folder): path.unlink(missing_ok=True)
 
 def clear(folder: Path):
     "Remove what another fit left"
-    for path in (*map(folder.joinpath, RESULTS), *folder.glob(".*")): path.unlink(missing_ok=True)
+    for path in (*map(folder.joinpath, RESULTS), *cut_short(folder)): path.unlink(missing_ok=True)
 
 # %% ../nbs/34_engine.ipynb #8c86ebbd
 def save_weights(model: nn.Module, path: str | Path):
@@ -589,7 +603,7 @@ def _validation_start(self, trainer, module):
 def _validated(self, trainer, module):
     score, threshold, self.counts = best_score(gather_counts(module.found, self.job.share), self.job.recipe)
     self.score = dict(score=score, threshold=threshold)
-    if self.best is None or score > self.best or not math.isfinite(self.best):
+    if self.best is None or score > self.best or not math.isfinite(self.best) or (self.averager and self.averager.begins):
         self.best, self.best_epoch = score, module.epoch
         if self.job.first_process: save_weights(module.model, candidate(self.folder, module.epoch))
     if self.averager: self.averager.leave(module)
@@ -618,9 +632,9 @@ def _keep_last(self, module):
 
 def _row(self, trainer, module):
     module.watch.flush()
-    seconds, plan = time.perf_counter() - self.started, self.job.plan
+    seconds, trained, plan = time.perf_counter() - self.started, self.ended - self.started, self.job.plan   # trained: without the validation
     return dict(epoch=module.epoch, step=(module.epoch + 1) * plan.steps, loss=float(torch.stack(module.losses).mean()), lr=module.rate,
-                seconds=round(seconds, 2), images_per_s=round(plan.batches * plan.batch_size / seconds, 1), waited=round(self.waited / seconds, 4))
+                seconds=round(seconds, 2), images_per_s=round(plan.batches * plan.batch_size / trained, 1), waited=round(self.waited / trained, 4))
 
 Keeper.on_train_epoch_end, Keeper.keep_last, Keeper.row = _epoch_end, _keep_last, _row
 
@@ -679,12 +693,22 @@ def make_trainer(job: Job, epochs: int, callbacks: list[Callback]) -> L.Trainer:
                            process_group_backend="gloo" if job.device.type == "cpu" else None) if many else "auto"
     return L.Trainer(max_epochs=epochs, accelerator=job.device.type, devices=job.share.world // job.nodes if many else 1, num_nodes=job.nodes if many else 1,
                      strategy=strategy, sync_batchnorm=many and job.device.type == "cuda", precision=precision,
-                     plugins=[Among(job)] if many else None,
+                     plugins=[Among(job)],
                      accumulate_grad_batches=config.train.accumulate * job.share.split, gradient_clip_val=config.optim.clip, callbacks=callbacks,
                      logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
                      use_distributed_sampler=False)
 
 # %% ../nbs/34_engine.ipynb #6d0ab745
+@contextmanager
+def interruptible() -> Iterator[None]:
+    "Ctrl-C comes out as what it is: Lightning would end the process with the code of an error, and let it ignore the next"
+    before = signal.getsignal(signal.SIGINT)
+    try: yield
+    except SystemExit as end:
+        if not isinstance(end.__context__, KeyboardInterrupt): raise
+        signal.signal(signal.SIGINT, before)
+        raise end.__context__ from None
+
 def train_job(job: Job) -> Keeper:
     "Fit from the start or from `last.ckpt` to the end; the files are in the folder"
     state = read_checkpoint(job.folder, job.key)
@@ -696,6 +720,6 @@ def train_job(job: Job) -> Keeper:
         module = FitModule(job, state)
         batches = FitBatches(len(job.dataset), job.plan, job.share, module.epoch, module.steps_done * job.plan.accumulate)
         trainer = make_trainer(job, job.plan.epochs - module.epoch, [keeper])
-        trainer.fit(module, make_loader(job.dataset, batches, job.workers), valid_loader(job) if len(job.valid_rows) else None)
+        with interruptible(): trainer.fit(module, make_loader(job.dataset, batches, job.workers), valid_loader(job) if len(job.valid_rows) else None)
     if job.first_process: keeper.write_rows()
     return keeper

@@ -291,7 +291,7 @@ def find_way(run: Run, rows: Sequence[int],   # of the test images
     if not run.recipe.predict.fast or len(rows) < FEW or not one_mean(decision): return "as fitted"
     samples, shares, device = run.samples().loc[rows], shares_of(run, decision), best_device()
     fitted = [read_json(run.path("models", m, f"fold{k}", "fit.json"))["precision"] for m, k in shares]
-    half = "fp32" in fitted and (device.type != "cuda" or torch.cuda.is_bf16_supported())
+    half = "fp32" in fitted and (device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False))
     one_size = bool(run.recipe.predict.size) or len(samples[["height", "width"]].drop_duplicates()) == 1
     make = lambda way: predictor_of(run, shares, most_pixels(run, rows), way)
     decide = lambda probs: decided_mask(probs, decision, run.recipe)

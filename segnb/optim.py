@@ -155,7 +155,7 @@ def build_optimiser(model: nn.Module, config: Optim) -> torch.optim.Optimizer:
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in config.options.items()}
     if config.name == "sgd": options = {"momentum": 0.9, "nesterov": options.get("momentum", 0.9) > 0 and not options.get("dampening")} | options
     groups = parameter_groups(model, config)
-    options |= fused(make, groups[0]["params"][0].device, options)
+    if not config.clip: options |= fused(make, groups[0]["params"][0].device, options)
     try: return make(groups, lr=config.lr, **options)
     except (ValueError, TypeError) as error: raise RecipeError(f"optim.options of {config.name}: {error}.") from None
 

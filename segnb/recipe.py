@@ -11,7 +11,7 @@ __all__ = ['Share', 'Size', 'FORMATS', 'AnyData', 'Pixels', 'Amount', 'RuleName'
            'explain_errors', 'to_yaml', 'save_recipe', 'recipe_hash']
 
 # %% ../nbs/00_recipe.ipynb #e868bade
-import json, os, re, typing
+import json, math, os, re, typing
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 import yaml
@@ -213,8 +213,8 @@ class Predict(Section):
         return self
 
     def plain(self) -> "Predict":
-        "Without test-time augmentation, as a fit validates"
-        return self.model_copy(update={"tta": [], "scales": [1.0], "merge": "mean", "merge_on": "probs"})
+        "Without test-time augmentation, as a fit validates: at the one of its scales that is nearest to 1"
+        return self.model_copy(update={"tta": [], "scales": [min(self.scales, key=lambda s: abs(math.log(s)))], "merge": "mean", "merge_on": "probs"})
 
 # %% ../nbs/00_recipe.ipynb #9dde372c
 class Ensemble(Section):
@@ -361,6 +361,7 @@ def disagreements(recipe: Recipe) -> list[str]:
     if len(set(models)) < len(models): found.append("models lists a name twice: each needs a folder of its own")
     if isinstance(folds.use, list) and any(not 0 <= k < max(folds.n, 1) for k in folds.use):
         found.append(f"folds.use names folds {folds.use}, but folds.n is {folds.n}: they are numbered from 0")
+    if folds.file and not folds.n: found.append("folds.file says which fold each image is in, and folds.n is 0, which holds none out: set folds.file to null, or folds.n to the folds it has")
     for name in recipe.track:
         if name not in TRACKERS: found.append("track: " + nearest(name, TRACKERS, "tracker").rstrip("."))
     if isinstance(recipe.tune.models, list):

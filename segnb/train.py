@@ -6,9 +6,9 @@
 __all__ = ['IMAGENET', 'LONG', 'LOOP', 'ONE_IMAGE', 'fold_rows', 'normalisation', 'new_model', 'best_device', 'n_cores',
            'loader_workers', 'candidates', 'to_device', 'one_pass', 'seconds_of', 'step_seconds', 'probe',
            'compile_pays', 'ask_compile', 'make_plan', 'budget_steps', 'median_pace', 'recipe_loss', 'Fit',
-           'round_folder', 'decide', 'record', 'on_device', 'measure_pace', 'halve', 'fit_key', 'fit_fold', 'fit_round',
-           'fit_here', 'fit_process', 'fit_in_group', 'record_fit', 'load_fold', 'load_fit', 'learn_labels', 'teach',
-           'clear_rounds', 'plot_curve', 'validation_pictures']
+           'round_folder', 'decide', 'record', 'on_device', 'measure_pace', 'halve', 'check_mixing', 'fit_key',
+           'fit_fold', 'fit_round', 'fit_here', 'fit_process', 'fit_in_group', 'record_fit', 'load_fold', 'load_fit',
+           'learn_labels', 'teach', 'clear_rounds', 'plot_curve', 'validation_pictures']
 
 # %% ../nbs/30_train.ipynb #8820e45a
 import gc, math, os, shutil, time
@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from .augment import recipe_augment
-from .engine import FitBatches, Job, Plan, Share, batch_loss, image_counts, plain_mask, read_checkpoint, share_norms, train_job
+from .engine import FitBatches, Job, Plan, Share, batch_loss, image_counts, plain_mask, read_checkpoint, share_norms, train_job, validated_together
 from .figures import class_colors, new_figure, overlay, picture_grid, to_rgb
 from .files import DataError, RecipeError, SegnbError, read_json, sha256_file, write_json
 from .launch import Place, find_place, joined, launch, slowest
@@ -90,7 +90,7 @@ def loader_workers(setting: str | int, processes: int = 1) -> int:
 # %% ../nbs/30_train.ipynb #ede62d69
 def candidates(device: torch.device, precision: str, memory_format: str) -> list[tuple[str, str]]:
     "(precision, memory format) pairs that a recipe leaves open on `device`"
-    half = "bf16" if device.type != "cuda" or torch.cuda.is_bf16_supported() else "fp16"
+    half = "bf16" if device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     pairs = [("fp32", "contiguous"), ("fp32", "channels_last"), (half, "channels_last")]
     if precision == "fp16" and device.type == "cpu": raise RecipeError("train.precision fp16 needs a GPU: use bf16, fp32 or auto on a processor.")
     if precision != "auto" and memory_format != "auto": return [(precision, memory_format)]
@@ -214,10 +214,11 @@ class Fit:
     def dataset(self, plan: Plan) -> TrainDataset:
         "Augmented training samples; a schedule of the sampling runs over the epochs of `plan`"
         sampling, pack, recipe = build_sampling(self.recipe, self.pack, self.train_rows, epoch_batches=plan.batches), self.pack, self.recipe
+        unknown = unknown_value(recipe) if self.labels else None
         if self.labels:
             sampling = PseudoSampling(self.train_rows, sampling, len(pack), len(self.labels), recipe.pseudo.ratio, recipe.seed)
             pack = WithPseudo(pack, self.labels)
-        return TrainDataset(pack, self.train_rows, recipe_augment(recipe), recipe.seed, sampling=sampling, maps=getattr(self.loss, "maps", None))
+        return TrainDataset(pack, self.train_rows, recipe_augment(recipe, unknown), recipe.seed, sampling=sampling, maps=getattr(self.loss, "maps", None))
 
     def stream(self, entry: Model) -> Iterator[dict]:
         "Batches without end as this process takes them, on the device and mixed"
@@ -284,7 +285,7 @@ def _decide(fit, entry, started):
     decided = table.iloc[0][["precision", "memory_format"]].to_dict()
     if not fit.place.rank: print(table.assign(images_per_s=(len(batch["image"]) * fit.place.world / table.seconds).round(1)).round(3).to_string(index=False))
     forward, cost, decided["compile"] = _choose_compile(fit, entry, model, loss, batch, setting, decided, table.seconds.min())
-    if train.minutes and not entry.steps: decided["steps"] = _fitting_steps(fit, entry, model, loss, stream, forward, started + cost, decided)
+    if train.minutes and not entry.steps: decided["steps"] = _fitting_steps(fit, entry, model, loss, stream, forward, started - cost, decided)
     return decided
 
 def on_device(loss, device: torch.device):
@@ -316,8 +317,12 @@ def _fitting_steps(fit, entry, model, loss, stream, forward, started, decided):
     how = {k: decided[k] for k in ("precision", "memory_format")}
     pace, validation = slowest(place, measure_pace(fit, model, loss, stream, forward, **how), _validation_seconds(fit, model, **how))
     left = 60 * train.minutes - slowest(place, time.monotonic() - started)[0]
-    steps = budget_steps(left, pace * train.accumulate * (entry.split or 1), validation, train.epochs)
+    step = pace * train.accumulate * (entry.split or 1)   # seconds
+    steps = budget_steps(left, step, validation, train.epochs)
     if not place.rank: print(f"{train.minutes:g} minutes: {steps} steps at {pace:.3f} s a batch, {train.epochs} validations of {validation:.1f} s")
+    least = steps * step + train.epochs * validation
+    if least > left and not place.rank: print(f"train.minutes is too short: one step for each of train.epochs {train.epochs} and their validations take {least:.0f} s, and {max(left, 0):.0f} s are left. "
+                                              "Lower train.epochs, or give it more minutes.")
     return steps
 
 def measure_pace(fit: Fit, model: nn.Module, loss: nn.Module, stream: Iterator[dict], forward: Callable, precision: str, memory_format: str) -> float:
@@ -345,11 +350,11 @@ def _validation_seconds(fit, model, precision, memory_format):
     "Seconds of this process's share of a validation, from a few images of it"
     rows = fit.valid_rows[:2 * fit.recipe.predict.batch_size]
     if not len(rows): return 0.0
-    config = fit.recipe.predict.plain()
-    predictor = Predictor(model, config, task=fit.recipe.task, device=fit.device, precision=precision, memory_format=memory_format)
+    predictor = Predictor(model, fit.recipe.predict.plain(), task=fit.recipe.task, device=fit.device, precision=precision, memory_format=memory_format)
     start = time.perf_counter()
-    for i in range(0, len(rows), config.batch_size):
-        for row, probs in zip(rows[i:i + config.batch_size], predictor([fit.pack.image(r) for r in rows[i:i + config.batch_size]])):
+    size = validated_together(fit.recipe, fit.pack, fit.valid_rows)
+    for i in range(0, len(rows), size):
+        for row, probs in zip(rows[i:i + size], predictor([fit.pack.image(r) for r in rows[i:i + size]])):
             image_counts(probs, fit.pack.mask(row), fit.recipe)
     return (time.perf_counter() - start) * math.ceil(len(fit.valid_rows) / fit.place.world) / len(rows)
 
@@ -364,7 +369,17 @@ def halve(fit: Fit, entry: Model) -> Model:
     fit.run.decide(entry.name, split=split)
     gc.collect()
     if fit.device.type == "cuda": torch.cuda.empty_cache()
-    return entry.model_copy(update={"split": split})
+    entry = entry.model_copy(update={"split": split})
+    check_mixing(fit, entry)
+    return entry
+
+def check_mixing(fit: Fit, entry: Model):
+    "Say where MixUp and CutMix find no neighbour in the parts of a batch; `RecipeError` where they find none in what a process takes of it"
+    size, world = fit.recipe.train.batch_size, fit.place.world
+    names = " and ".join(m.name for m in fit.recipe.mixing if m.name in ("mixup", "cutmix"))
+    if not names: return
+    if size // world < 2: raise RecipeError(f"mixing: {names} needs a neighbour, and of train.batch_size {size} some of {world} processes take one image: set it to {2 * world} or more.")
+    if size // ((entry.split or 1) * world) < 2 and not fit.place.rank: print(f"{fit.label}: {names} needs a neighbour, and parts of one image have none: these are not mixed")
 
 # %% ../nbs/30_train.ipynb #8d2924bd
 def fit_key(fit: Fit, entry: Model) -> str:
@@ -398,6 +413,7 @@ def fit_round(run: Run, model: str, fold: int, round: int) -> dict:
 def fit_here(fit: Fit, started: float) -> dict:
     "The part of this process in a fit"
     if fit.device.type == "cpu": keep_memory()
+    check_mixing(fit, fit.entry)
     learn_labels(fit)
     entry = decide(fit, started)
     key = fit_key(fit, entry)
@@ -513,10 +529,10 @@ def teach(fit: Fit, folder: Path):
 
 # %% ../nbs/30_train.ipynb #378083f1
 def clear_rounds(run: Run, model: str, fold: int):
-    "Remove what rounds left that the recipe no longer asks for, and what the manifest says of them"
+    "Remove what rounds left that the recipe no longer asks for, or a kill left half written, and what the manifest says of them"
     folder, rounds = run.path("models", model, f"fold{fold}"), run.recipe.pseudo.rounds
     kept = {f"round{r}" for r in range(rounds)} | {f"pseudo{r + 1}" for r in range(rounds)}
-    for path in [*folder.glob("round*/"), *folder.glob("pseudo*/")]:
+    for path in [*folder.glob("round*/"), *folder.glob("pseudo*/"), *folder.glob(".pseudo*/")]:
         if path.name not in kept: shutil.rmtree(path)
     task = f"{model} fold {fold}"
     if not {r for r in read_manifest(run.folder).get("pseudo", {}).get(task, {}) if r.replace("round ", "pseudo") not in kept}: return

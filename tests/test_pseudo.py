@@ -27,13 +27,15 @@ def test_a_fit_its_labels_and_a_fit_with_them(tmp_path):
     dataset = fit.dataset(fit.plan(fit.entry))
     seen = {dataset.pick(epoch, place)[0] for epoch in range(4) for place in range(len(dataset))}
     assert first["pseudo_images"] == len(fit.labels) > 0 and not {*fit.valid_rows} & seen
+    assert dataset.augment.transforms[0].frame.ignore_index == 255            # no crop is aimed at what nobody knows
     assert seen == {*fit.train_rows} | {len(run.samples()) + k for k in range(len(fit.labels))}
 
     before = sha256_file(folder / "best.safetensors")
     assert fit_fold(run, "tiny", 0) == first                                  # all of it is there
-    for name in ("fit.json", "last.ckpt"): (folder / name).unlink()           # as if killed in the last round
+    for name in ("fit.json", "last.ckpt"): (folder / name).unlink()           # as if killed in the last round …
+    (folder / ".pseudo1-x.part").mkdir()                                      # … while it made labels
     fit_fold(run, "tiny", 0)
-    assert sha256_file(folder / "best.safetensors") == before
+    assert sha256_file(folder / "best.safetensors") == before and not (folder / ".pseudo1-x.part").exists()
     known = open_run("demo", tmp_path / "run", {**small, "pseudo": {"rounds": 1, "folders": [str(root / "train_img")]}})
     with pytest.raises(SegnbError, match="is the training image train_img/"):  # the fold that validates on it would learn it
         fit_fold(known, "tiny", 0)

@@ -8,6 +8,7 @@ import pandas as pd
 import psutil
 import pytest
 import torch
+from conftest import SEGNB
 from safetensors.torch import load_file
 
 from segnb import train
@@ -121,6 +122,19 @@ def test_kills_leave_no_trace(start):
         finally: process.stdout.read(); process.wait()
     assert kills == 3 and bare(cut) == bare(whole)
     assert [p.name for p in cut.path("models/small/fold0").glob(".*")] == []
+
+
+def test_ctrl_c_ends_the_command_with_its_own_code(start):
+    "130 and one paragraph, where Lightning would exit with 1 and say nothing"
+    run = start("interrupted", train__epochs=500)
+    process = subprocess.Popen([SEGNB, "fit", run.folder], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    try:
+        while not run.path("models/small/fold0/last.ckpt").exists(): assert process.poll() is None; time.sleep(.05)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=60)[1]
+    finally: process.kill()
+    assert process.returncode == 130 and "Interrupted." in said and "Traceback" not in said
 
 
 class Greedy(torch.nn.Module):
