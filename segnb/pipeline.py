@@ -519,7 +519,8 @@ FUNCTIONS = {"check": check_files, "folds": split_folds}
 @contextmanager
 def only_one(folder: Path) -> Iterator[None]:
     "Refuse to run in a folder where another process is running"
-    with open(folder / ".lock", "w") as lock:
+    with writable(folder): lock = open(folder / ".lock", "w")
+    with lock:
         if fcntl:
             try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -568,13 +569,12 @@ INSIDE = "SEGNB_RUN"   # set in kernels that the pipeline starts: the folder it 
 # %% ../nbs/09_pipeline.ipynb #fbd127c6
 def run_stages(run: Run, stages: list[Stage], *, fresh: bool = False):
     "Execute the tasks of `stages` whose results do not hold; say why for each"
-    with only_one(run.folder):
-        for stage in stages:
-            for task in stage_tasks(run, stage):
-                parts = task_parts(run, task)
-                why = "asked for afresh" if fresh else reason(run, task, parts)
-                print(f"{task.label}: {why or 'up to date'}", flush=True)
-                if why: perform(run, task, parts, fresh=fresh)
+    for stage in stages:
+        for task in stage_tasks(run, stage):
+            parts = task_parts(run, task)
+            why = "asked for afresh" if fresh else reason(run, task, parts)
+            print(f"{task.label}: {why or 'up to date'}", flush=True)
+            if why: perform(run, task, parts, fresh=fresh)
 
 # %% ../nbs/09_pipeline.ipynb #a855d99b
 def run_pipeline(recipe: str | Path, out: str | Path, *,
@@ -584,11 +584,13 @@ def run_pipeline(recipe: str | Path, out: str | Path, *,
                  overrides: dict | None = None,
                 ) -> Run:
     "From raw files to a submission: every stage whose result does not hold"
-    stages = stage_range(from_stage, to_stage)
-    run = open_run(recipe, out, overrides)
-    refuse_gap(run, stages)
-    if fresh and STAGES["train"] in stages: forget_decisions(run)
-    run_stages(run, stages, fresh=fresh)
+    stages, folder = stage_range(from_stage, to_stage), Path(out).expanduser().resolve()
+    refuse_overwrite(folder, asked_recipe(recipe, folder, overrides))
+    with only_one(folder):   # before anything is written: the recipe is that of the run that is going on
+        run = open_run(recipe, folder, overrides)
+        refuse_gap(run, stages)
+        if fresh and STAGES["train"] in stages: forget_decisions(run)
+        run_stages(run, stages, fresh=fresh)
     return run
 
 # %% ../nbs/09_pipeline.ipynb #dedb3c54

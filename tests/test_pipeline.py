@@ -236,7 +236,9 @@ def test_one_run_folder_one_process(checked, tiny, tmp_path):
     fcntl = pytest.importorskip("fcntl")
     with open(checked(tmp_path / "a") / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert "Another process" in segnb("run", *tiny, "--out", tmp_path / "a", "--to", "check", code=1).stderr
+        before = content(tmp_path / "a", "recipe.yaml", "manifest.json")
+        assert "Another process" in segnb("run", *tiny, "--out", tmp_path / "a", "--to", "check", "--fresh", "--set", "optim.lr=0.5", code=1).stderr
+        assert content(tmp_path / "a", "recipe.yaml", "manifest.json") == before
 
 
 def test_data_errors_end_with_3_and_what_was_done_stays(demo_data, tiny, tmp_path):
