@@ -6,8 +6,9 @@
 __all__ = ['FULL', 'KEPT', 'app', 'RecipeName', 'Settings', 'AsJson', 'Jobs', 'UNTOLD', 'BENCHMARKS', 'exit_code', 'paragraph',
            'Options', 'one_paragraph', 'options', 'command', 'main', 'overrides', 'recipes', 'sample', 'check',
            'prove_choices', 'weight_paths', 'run', 'fit', 'score', 'validate', 'vote', 'sweep', 'tune', 'finished_run',
-           'mask_files', 'load_ensemble', 'predict_image', 'check_bands', 'predict', 'refuse_same_names', 'bundle',
-           'verify', 'leaves', 'differing', 'run_folders', 'fit_scores', 'standing', 'board', 'leaderboard', 'bench']
+           'mask_names', 'mask_files', 'load_ensemble', 'predict_image', 'check_bands', 'predict', 'refuse_overwriting',
+           'bundle', 'verify', 'leaves', 'differing', 'run_folders', 'fit_scores', 'standing', 'board', 'leaderboard',
+           'bench']
 
 # %% ../nbs/90_cli.ipynb #2552e914
 import errno, functools, json, re, shutil, sys, traceback
@@ -263,18 +264,21 @@ def finished_run(folder: Path, name: str):
     if not (folder / name).is_file(): raise RecipeError(f"The run in {folder} is not finished: it has no {name}. Finish it with segnb run {folder}/recipe.yaml --out {folder}.")
     return Run(folder)
 
+def mask_names(stem: str, recipe) -> list[str]:
+    "Files that the mask of an image is written to: one, or one for each label where labels overlap"
+    if recipe.task != "multilabel": return [f"{stem}.png"]
+    return [f"{stem}_{plain}.png" for plain in (re.sub(r"[^\w.-]", "_", name) for name in recipe.classes)]
+
 def mask_files(mask,           # (H, W) class indices, or (H, W, C) 0/1
                stem: str,      # of the image
                recipe,
               ) -> dict[str, bytes]:   # file name -> PNG
-    "A mask as PNGs: class indices, or one file for each label where labels overlap"
+    "A mask as PNGs of class indices, by `mask_names`"
     from segnb.figures import class_colors
     from segnb.masks import index_png_encode
-    colors = class_colors(recipe.n_classes).tolist()
-    if recipe.task == "multilabel":
-        names = [re.sub(r"[^\w.-]", "_", name) for name in recipe.classes]
-        return {f"{stem}_{name}.png": index_png_encode(mask[..., k], palette=[[0, 0, 0], colors[k]]) for k, name in enumerate(names)}
-    return {f"{stem}.png": index_png_encode(mask, palette=[[0, 0, 0], *colors] if recipe.task == "binary" else colors)}
+    colors, names = class_colors(recipe.n_classes).tolist(), mask_names(stem, recipe)
+    if recipe.task == "multilabel": return {name: index_png_encode(mask[..., k], palette=[[0, 0, 0], colors[k]]) for k, name in enumerate(names)}
+    return {names[0]: index_png_encode(mask, palette=[[0, 0, 0], *colors] if recipe.task == "binary" else colors)}
 
 # %% ../nbs/90_cli.ipynb #1b026ba2
 def load_ensemble(run) -> tuple:  # Predictor, Decision
@@ -313,19 +317,20 @@ def predict(run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a
     "Masks (index PNG) and overlays for loose images, by the ensemble of a run."
     from tqdm import tqdm
     from segnb.files import write_bytes
-    refuse_same_names(images)
     found = finished_run(run, "ensemble.json")
+    refuse_overwriting(images, out, found.recipe)
     predictor, decision = load_ensemble(found)
     for path in tqdm(images, desc="predicting", unit="image"):
         for name, data in predict_image(predictor, decision, found.recipe, path).items(): write_bytes(out / name, data)
     print(f"{len(images)} mask{'s' * (len(images) > 1)} and overlays in {out}")
 
-def refuse_same_names(images: list[Path]):
-    "Masks are named after their images"
-    first = {}
-    for path in images:
-        if path.stem in first: raise RecipeError(f"{first[path.stem]} and {path} would both be written to {path.stem}.png: predict them into different folders.")
-        first[path.stem] = path
+def refuse_overwriting(images: list[Path], out: Path, recipe):
+    "Files are named after their images: none may land on another one, or on an image"
+    given, first = {path.resolve() for path in images}, {}
+    for path, name in ((path, name) for path in images for name in [*mask_names(path.stem, recipe), f"{path.stem}_overlay.png"]):
+        if (out / name).resolve() in given: raise RecipeError(f"{path}: its {name} would be written over the image {out / name}: predict into another folder.")
+        if name in first: raise RecipeError(f"{first[name]} and {path} would both be written to {name}: predict them into different folders.")
+        first[name] = path
 
 # %% ../nbs/90_cli.ipynb #c28e0b8f
 @command
