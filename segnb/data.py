@@ -320,7 +320,9 @@ def _tiff_array(data, series):
         if "imagecodecs" not in str(error): raise
         array = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)   # knows LZW, up to four bands
         if array is None or array.size != series.size: raise ValueError(f"{error}: install it, or save the file uncompressed") from None
-        return array if array.ndim == 2 else cv2.cvtColor(array, cv2.COLOR_BGRA2RGBA if array.shape[2] == 4 else cv2.COLOR_BGR2RGB)
+        if array.ndim == 2: return array
+        array = cv2.cvtColor(array, cv2.COLOR_BGRA2RGBA if array.shape[2] == 4 else cv2.COLOR_BGR2RGB)
+        return np.moveaxis(array, -1, tiff_layout(series.shape, series.axes)[1])   # bands last, whichever way they are stored
 
 # %% ../nbs/02_data.ipynb #4e55ae60
 def decode_image(data: bytes,                   # a whole file
