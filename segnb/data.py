@@ -362,13 +362,15 @@ def palette_meaning(indices: np.ndarray,  # (H, W) uint8 into the palette
                     n_values: int,        # classes are 0..n_values-1
                    ) -> np.ndarray:       # (H, W) uint8 class indices
     "Class indices of a palette picture: its indices, unless the whole palette is grey and the greys are classes"
-    used = np.unique(indices)
+    used, shown = np.unique(indices), palette[:, 0].astype(int)
     if used[-1] >= len(palette) or (palette != palette[:, :1]).any(): return indices
-    grey = palette[used, 0]
-    if len(np.unique(grey)) < len(used): return indices                  # shows two classes alike: no meaning at all
-    if (grey < n_values).all(): meaning = grey
-    elif (np.diff(grey.astype(int)) > 0).all(): return indices          # a ramp to make classes visible
-    elif n_values == 2 and set(grey.tolist()) == {0, 255}: meaning = grey // 255
+    named = min(n_values, max(used[-1], np.flatnonzero(shown).max(initial=0)) + 1)   # entries that stand for classes, used here or not; zeros fill up
+    grey, seen = shown[used], shown[np.union1d(used, np.arange(named))]
+    rising = len(seen) > 1 and (np.diff(seen) > 0).all()
+    if len(np.unique(grey)) < len(used) or named > 1 and np.ptp(shown[:named]) == 0: return indices   # shows classes alike: no meaning at all
+    if n_values == 2 and np.isin(grey, (0, 255)).all() and not rising: meaning = grey // 255
+    elif (grey < n_values).all() and ((shown[:named] < n_values).all() or used[0] >= n_values): meaning = grey
+    elif rising: return indices                                          # a ramp to make classes visible
     else: raise ValueError(f"indices {used.tolist()[:8]} are shown as the greys {grey.tolist()[:8]}")
     lookup = np.zeros(256, np.uint8)
     lookup[used] = meaning
