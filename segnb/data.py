@@ -15,7 +15,7 @@ __all__ = ['FINDINGS', 'PICTURES', 'CUT_SHORT', 'WHOLE', 'SAMPLE_HEADERS', 'FORM
            'read_samples', 'as_dict', 'read_image', 'read_mask']
 
 # %% ../nbs/02_data.ipynb #07d0d223
-import io, json, logging, math, os, re, threading, unicodedata
+import io, json, logging, math, os, re, threading, unicodedata, zlib
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Callable, Iterable, NamedTuple
@@ -276,9 +276,19 @@ def _open(data, name):
     try:
         picture = Image.open(io.BytesIO(data))
         if not data.endswith(WHOLE): picture.load()
-        if picture.format == "PNG" and WHOLE[0] not in data: raise ValueError("truncated: its end is missing")
+        if picture.format == "PNG": _check_png(data)
         return picture
     except Exception as error: raise _broken(name, error) from None
+
+def _check_png(data):
+    "ValueError unless all that makes the pixels is there and as it was written"
+    if WHOLE[0] not in data: raise ValueError("truncated: its end is missing")
+    view, at, kind = memoryview(data), 8, b""
+    while kind != b"IEND" and at + 12 <= len(data):
+        end, kind = at + 8 + int.from_bytes(view[at:at + 4], "big"), bytes(view[at + 4:at + 8])
+        matters = kind[:1].isupper() or kind == b"eXIf"
+        if matters and zlib.crc32(view[at + 4:end]) != int.from_bytes(view[end:end + 4], "big"): raise ValueError(f"it is damaged: the checksum at byte {end} is wrong")
+        at = end + 4
 
 def _depth(data, picture):
     "Bits of a PNG sample; 8 elsewhere"
