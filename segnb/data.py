@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 import tifffile
 from PIL import Image
-from .files import DataError, RecipeError, inside, nearest, parallel_map
+from .files import DataError, RecipeError, inside, nearest, parallel_map, walk
 from .masks import coco_decode, colors_to_indices, flatten_layers, polygon_points, polygons_to_mask, rle_decode
 from .recipe import Recipe, load_recipe
 
@@ -155,13 +155,12 @@ def list_files(folder: str | Path,                  # searched with its sub-fold
                suffixes: tuple[str, ...] = PICTURES,
                deep: bool = True,                   # look into sub-folders
               ) -> list[str]:                       # posix paths relative to `folder`, sorted
-    "Files by their suffix, without hidden ones and what Macs leave in archives"
+    "Files by their suffix, behind links too, without hidden ones and what Macs leave in archives"
     if not Path(folder).is_dir(): raise Fault("missing-folder", folder, "there is no such folder")
     found = []
-    for at, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))] if deep else []
+    for at, names in walk(folder, deep=deep):
         there = Path(at).relative_to(folder).as_posix().removeprefix(".")
-        found += [os.path.join(there, name) for name in names if name.lower().endswith(suffixes) and not name.startswith(".")]
+        found += [os.path.join(there, name) for name in names if name.lower().endswith(suffixes)]
     return sorted(found, key=nfc)
 
 # %% ../nbs/02_data.ipynb #34eea218

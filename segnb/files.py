@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SegnbError', 'RecipeError', 'DataError', 'nearest', 'atomic_path', 'write_bytes', 'write_text', 'write_json',
-           'read_json', 'inside', 'sha256_file', 'sha256_text', 'parallel_map', 'fingerprint']
+           'read_json', 'inside', 'walk', 'sha256_file', 'sha256_text', 'parallel_map', 'fingerprint']
 
 # %% ../nbs/00_files.ipynb #03c437a0
 import difflib, hashlib, json, os, tempfile
@@ -94,6 +94,20 @@ def inside(root: str | Path,  # the folder to stay in
         raise DataError(f"The path '{path}' leads out of the data folder {root}. Paths in tables must be relative and stay inside it: "
                         "correct the table, or move the file into the folder.")
     return full
+
+# %% ../nbs/00_files.ipynb #3b21def7
+def walk(root: str | Path, *,
+         deep: bool = True,                                    # look into sub-folders
+         skips: Callable[[Path], bool] = lambda folder: False,   # of a resolved folder
+        ) -> Iterator[tuple[str, list[str]]]:                  # path of a folder, names of its files
+    "A folder and those below it, behind links too, without hidden files and what Macs leave in archives"
+    above = {str(root): {Path(root).resolve()}}   # folder -> the real ones on the way to it
+    for at, folders, names in os.walk(root, followlinks=True):
+        way = above.pop(at)
+        real = {name: Path(at, name).resolve() for name in sorted(folders) if deep and not name.startswith((".", "__MACOSX"))}
+        folders[:] = [name for name in real if real[name] not in way and not skips(real[name])]
+        above |= {os.path.join(at, name): way | {real[name]} for name in folders}
+        yield at, [name for name in names if not name.startswith(".")]
 
 # %% ../nbs/00_files.ipynb #6a43bf4b
 def sha256_file(path: str | Path) -> str:

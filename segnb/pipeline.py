@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Callable, Iterator
 import pandas as pd, segnb, torch
 from .data import PICTURES
-from .files import (DataError, RecipeError, SegnbError, atomic_path, fingerprint, nearest, read_json, sha256_file, sha256_text,
+from .files import (DataError, RecipeError, SegnbError, atomic_path, fingerprint, nearest, read_json, sha256_file, sha256_text, walk,
                          write_json, write_text)
 from .recipe import Recipe, load_recipe, parse_yaml, save_recipe, to_yaml
 
@@ -350,15 +350,9 @@ TABLES = {".csv", ".json", ".parquet", ".txt"}
 
 def raw_files(run: Run) -> list[Path]:
     "Tables and pictures of the data folder, and the sample submission; hidden files and the run's own are none"
-    data, own, found = run.recipe.data, {run.folder, run.cache.resolve()}, []
-    root = data.root.resolve()
-    above = {root: {root}}   # folder -> the real ones on the way to it: a link back to one of them would never end
-    for folder, folders, names in os.walk(root, followlinks=True):
-        here = Path(folder)
-        folders[:] = sorted(f for f in folders if not f.startswith(".") and (here / f).resolve() not in own | above[here])
-        above |= {here / f: above[here] | {(here / f).resolve()} for f in folders}
-        found += [here / n for n in names if not n.startswith(".") and (Path(n).suffix.lower() in {*TABLES, *PICTURES} or here / n == root / data.sample_submission)]
-    return sorted(found)
+    data, root, own = run.recipe.data, run.recipe.data.root.resolve(), {run.folder, run.cache.resolve()}
+    found = [Path(at, name) for at, names in walk(root, skips=lambda folder: folder in own) for name in names]
+    return sorted(path for path in found if path.suffix.lower() in {*TABLES, *PICTURES} or path == root / data.sample_submission)
 
 def raw_hashes(run: Run) -> dict[str, str]:  # relative name -> sha256
     "What the organiser's files hold"
