@@ -349,9 +349,10 @@ def stage_code(stage: Stage) -> dict[str, str]:
 TABLES = {".csv", ".json", ".parquet", ".txt"}
 
 def raw_files(run: Run) -> list[Path]:
-    "Tables and pictures of the data folder, and the sample submission; hidden files and the run's own are none"
+    "Tables and pictures of the data folder, and the sample submission; hidden files and those of runs are none"
     data, root, own = run.recipe.data, run.recipe.data.root.resolve(), {run.folder, run.cache.resolve()}
-    found = [Path(at, name) for at, names in walk(root, skips=lambda folder: folder in own) for name in names]
+    def skips(folder): return folder in own or (folder / "manifest.json").is_file() and (folder / "recipe.yaml").is_file()
+    found = [Path(at, name) for at, names in walk(root, skips=skips) for name in names]
     return sorted(path for path in found if path.suffix.lower() in {*TABLES, *PICTURES} or path == root / data.sample_submission)
 
 def raw_hashes(run: Run) -> dict[str, str]:  # relative name -> sha256
