@@ -527,13 +527,14 @@ def perform(run: Run, task: Task, parts: dict, *, fresh: bool = False, show: boo
     "Execute `task` and remember what it depended on and what it left"
     began = time.time()
     before = read_manifest(run.folder)["stages"].get(task.label, {})
+    left = before.get("outputs") or (written(run, task) if before else {})   # what an unfinished one left is not told apart
     if fresh or before.get("parts") != parts or "outputs" in before: forget_partial(run, task)
     record = {"parts": parts, "started": time.strftime("%Y-%m-%d %H:%M:%S")}
     with edit_manifest(run.folder) as manifest: manifest["stages"][task.label] = record
     with nullcontext() if show else redirect_stderr(io.StringIO()):
         if task.stage.notebook: perform_notebook(run, task, show)
         else: FUNCTIONS[task.stage.name](run)
-    if not task.stage.reuses: forget_stale(run, before.get("outputs", {}), began)
+    if not task.stage.reuses: forget_stale(run, left, began)
     outputs = written(run, task)
     if not outputs: raise SegnbError(f"{task.label} left none of its files ({task.stage.writes}) in {run.folder}.")
     with edit_manifest(run.folder) as manifest:
