@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 import tifffile
 from PIL import Image
-from .files import DataError, RecipeError, inside, nearest, parallel_map, walk
+from .files import UNPACK, DataError, RecipeError, inside, nearest, not_utf8, parallel_map, walk
 from .masks import coco_decode, colors_to_indices, flatten_layers, polygon_points, polygons_to_mask, rle_decode
 from .recipe import Recipe, load_recipe
 
@@ -115,6 +115,7 @@ def read_json_file(path: str | Path) -> Any:
 FINDINGS |= {
     "missing-file": Kind("error", "a file that a table names is not there", "Copy it there, correct the table, or leave a training image out with data.exclude"),
     "path-outside": Kind("error", "a table's path leads out of the data folder", "Correct the table, or move the file into data.root"),
+    "name-encoding": Kind("error", "a file's name is not UTF-8", UNPACK),
     "unlisted-file": Kind("note", "an image that no table lists", "Nothing, if it is left out on purpose"),
     "unpaired-image": Kind("error", "a training image has no mask", "Give it a mask with the same name, or leave it out with data.exclude"),
     "unpaired-mask": Kind("warning", "a mask has no image", "Look whether its image is missing or is named differently"),
@@ -161,6 +162,8 @@ def list_files(folder: str | Path,                  # searched with its sub-fold
     for at, names in walk(folder, deep=deep):
         there = Path(at).relative_to(folder).as_posix().removeprefix(".")
         found += [os.path.join(there, name) for name in names if name.lower().endswith(suffixes)]
+    for name in map(not_utf8, found):
+        if name: raise Fault("name-encoding", Path(folder, name), "its name is not UTF-8, as in a zip from Windows")
     return sorted(found, key=nfc)
 
 # %% ../nbs/02_data.ipynb #34eea218

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Callable, Iterator
 import pandas as pd, segnb, torch
 from .data import PICTURES
-from .files import (DataError, RecipeError, SegnbError, atomic_path, fingerprint, nearest, read_json, sha256_file, sha256_text, walk,
+from .files import (UNPACK, DataError, RecipeError, SegnbError, atomic_path, fingerprint, nearest, not_utf8, read_json, sha256_file, sha256_text, walk,
                          write_json, write_text)
 from .recipe import Recipe, load_recipe, parse_yaml, save_recipe, to_yaml
 
@@ -353,7 +353,10 @@ def raw_files(run: Run) -> list[Path]:
     data, root, own = run.recipe.data, run.recipe.data.root.resolve(), {run.folder, run.cache.resolve()}
     def skips(folder): return folder in own or (folder / "manifest.json").is_file() and (folder / "recipe.yaml").is_file()
     found = [Path(at, name) for at, names in walk(root, skips=skips) for name in names]
-    return sorted(path for path in found if path.suffix.lower() in {*TABLES, *PICTURES} or path == root / data.sample_submission)
+    raw = [path for path in found if path.suffix.lower() in {*TABLES, *PICTURES} or path == root / data.sample_submission]
+    for name in map(not_utf8, map(str, raw)):
+        if name: raise DataError(f"{name}: its name is not UTF-8, as in a zip from Windows. {UNPACK}.")
+    return sorted(raw)
 
 def raw_hashes(run: Run) -> dict[str, str]:  # relative name -> sha256
     "What the organiser's files hold"
