@@ -353,15 +353,18 @@ def raw_files(run: Run) -> list[Path]:
     data, root, own = run.recipe.data, run.recipe.data.root.resolve(), {run.folder, run.cache.resolve()}
     def skips(folder): return folder in own or (folder / "manifest.json").is_file() and (folder / "recipe.yaml").is_file()
     found = [Path(at, name) for at, names in walk(root, skips=skips) for name in names]
-    raw = [path for path in found if path.suffix.lower() in {*TABLES, *PICTURES} or path == root / data.sample_submission]
+    raw = [path for path in found if (path.suffix.lower() in {*TABLES, *PICTURES} or path == root / data.sample_submission) and path.exists()]
     for name in map(not_utf8, map(str, raw)):
         if name: raise DataError(f"{name}: its name is not UTF-8, as in a zip from Windows. {UNPACK}.")
     return sorted(raw)
 
 def raw_hashes(run: Run) -> dict[str, str]:  # relative name -> sha256
     "What the organiser's files hold"
-    root = run.recipe.data.root.resolve()
-    return fingerprint(raw_files(run), root, run.cache / f"hashes-{sha256_text(str(root))[:12]}.json")
+    root, files = run.recipe.data.root.resolve(), raw_files(run)
+    try: return fingerprint(files, root, run.cache / f"hashes-{sha256_text(str(root))[:12]}.json")
+    except OSError as error:
+        if Path(error.filename or "") not in files: raise   # what remembers the hashes
+        raise DataError(f"{error.filename}: {error.strerror}. Restore the file, or the right to read it; `segnb check` names all such files.") from None
 
 # %% ../nbs/09_pipeline.ipynb #cb5b80bb
 def folder_pictures(folders: list[Path]) -> list[Path]:
