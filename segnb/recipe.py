@@ -552,7 +552,8 @@ def _read_layer(name_or_path, folder):
         path = Path(folder, name).expanduser()
         if not path.is_file():
             raise RecipeError(f"There is no recipe '{name}': neither a bundled one ({', '.join(bundled_recipes())}) nor a file at {path.resolve()}.")
-        text, home, source = path.read_text("utf-8-sig"), path.resolve().parent, str(path)
+        try: text, home, source = path.read_text("utf-8-sig"), path.resolve().parent, str(path)
+        except UnicodeDecodeError as error: raise RecipeError(f"{path} is not UTF-8: byte {error.start} is no text. Save it as UTF-8.") from None
     raw = parse_yaml(text, source)
     if not isinstance(raw, dict): raise RecipeError(f"{source} is not a recipe: it should hold keys such as name, task, classes and data.")
     return _absolute(raw, home), home, key_lines(text), source
