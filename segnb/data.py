@@ -15,7 +15,7 @@ __all__ = ['FINDINGS', 'PICTURES', 'CUT_SHORT', 'WHOLE', 'SAMPLE_HEADERS', 'FORM
            'read_samples', 'as_dict', 'read_image', 'read_mask']
 
 # %% ../nbs/02_data.ipynb #07d0d223
-import io, json, logging, math, os, re, threading, unicodedata, zlib
+import csv, io, json, logging, math, os, re, threading, unicodedata, zlib
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Callable, Iterable, NamedTuple
@@ -65,6 +65,7 @@ FINDINGS |= {
     "missing-folder": Kind("error", "a folder is not there", "Correct data.root or the folder's name in the recipe, or unpack the organiser's files there"),
     "missing-table": Kind("error", "a table is not there", "Correct data.root or the file's name in the recipe, or copy the organiser's file there"),
     "missing-column": Kind("error", "a table lacks a column", "Name the column in the recipe as the table spells it"),
+    "table-row": Kind("error", "a row of a table has too many or too few cells", "Correct the row: a comma is missing, or is one too many, or stands in a cell without quotes"),
     "table-unreadable": Kind("error", "a table or JSON file cannot be read", "Fetch it from the organiser again, or save it as UTF-8"),
 }
 
@@ -92,14 +93,31 @@ def read_bytes(path: Path, missing: str = "missing-file") -> bytes:
     except OSError as error: raise Fault("unreadable", path, error.strerror or str(error)) from None
 
 # %% ../nbs/02_data.ipynb #9d46b24f
+csv.field_size_limit(2**31 - 1)   # a run-length mask is one cell
+
+def _filled_rows(data, path):
+    "Numbers, from 0, of the rows of a CSV that are not empty; all must have as many cells as the first"
+    found, wanted = [], 0
+    for n, cells in enumerate(csv.reader(io.TextIOWrapper(io.BytesIO(data), "utf8", newline=""))):
+        if len(cells) <= 1 and not "".join(cells).strip(): continue
+        wanted = wanted or len(cells)
+        if len(cells) != wanted: raise Fault("table-row", path, f"it has {len(cells)} cell{'s' * (len(cells) > 1)}, the header has {wanted}", n + 1)
+        found.append(n)
+    if not found: raise pd.errors.EmptyDataError("it is empty")
+    return found
+
 def read_table(path: str | Path,            # a CSV with a header
                columns: Iterable[str] = (),  # which must be there
-              ) -> pd.DataFrame:            # text in every cell
-    "A CSV as text; `Fault` names the file or the column that is not there"
+              ) -> pd.DataFrame:            # text in every cell; its index are the rows of the file, from 2
+    "A CSV as text; `Fault` names the file, the column that is not there, or the row that has other cells than the header"
     data = decode_text(read_bytes(path, "missing-table"), path).encode()    # as bytes: a StringIO would keep four for each character
-    try: table = pd.read_csv(io.BytesIO(data), dtype=str, keep_default_na=False)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+    try:
+        rows = _filled_rows(data, path)
+        table = pd.read_csv(io.BytesIO(data), dtype=str, keep_default_na=False, index_col=False, skip_blank_lines=False, header=rows[0])
+    except (csv.Error, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
         raise Fault("table-unreadable", path, " ".join(str(error).split())) from None
+    table.index = range(rows[0] + 2, rows[0] + 2 + len(table))
+    table = table.loc[[n + 1 for n in rows[1:]]]
     table.columns = [nfc(str(name)).strip() for name in table.columns]
     for name in columns:
         if nfc(name) not in table: raise Fault("missing-column", path, nearest(name, table.columns, "Column").rstrip("."))
@@ -510,14 +528,14 @@ def train_rle_csv(listing: Listing):
     "Rows of `train.csv`"
     d = listing.data
     table = read_table(listing.root / d.train, [d.id_column, d.image_column, d.mask_column])
-    for row, (name, path, mask) in enumerate(zip(table[d.id_column], table[d.image_column], table[d.mask_column]), 2):
+    for row, name, path, mask in zip(table.index, table[d.id_column], table[d.image_column], table[d.mask_column]):
         listing.add_named("train", name, path, mask, d.train, row)
 
 def test_rle_csv(listing: Listing):
     "Rows of `test.csv`"
     d = listing.data
     table = read_table(listing.root / d.test, [d.id_column, d.image_column])
-    for row, (name, path) in enumerate(zip(table[d.id_column], table[d.image_column]), 2): listing.add_named("test", name, path, None, d.test, row)
+    for row, name, path in zip(table.index, table[d.id_column], table[d.image_column]): listing.add_named("test", name, path, None, d.test, row)
     if (listing.root / d.sample_submission).is_file(): order_as_sample(listing, list(table[d.id_column]), f"the test table {d.test}", d.id_column)
     else: listing.wrong("sample-missing", d.sample_submission, "it is not there")
     note_unlisted(listing, {os.path.dirname(path) for path in listing.seen})
@@ -531,13 +549,13 @@ def order_as_sample(listing: Listing,
                    ):
     "Put the test rows in the order of sample_submission, under its spelling of the ids"
     file, wrong = listing.data.sample_submission, lambda *args: listing.wrong("sample-submission", listing.data.sample_submission, *args)
-    ids = list(read_table(listing.root / file, [column])[column])
-    if rows_each: ids = list(dict.fromkeys(ids))
+    column = read_table(listing.root / file, [column])[column]
+    if rows_each: column = column.drop_duplicates()
+    ids, place, known = list(column), {}, {nfc(name) for name in tests}
     if not ids: return                                    # a header alone says nothing about ids
-    place, known = {}, {nfc(name) for name in tests}
-    for n, name in enumerate(ids):
-        if place.setdefault(nfc(name), n) != n: wrong(f"'{name}' stands in it twice", n + 2)
-        elif nfc(name) not in known: wrong(f"'{name}' is not in {source}", n + 2)
+    for n, (row, name) in enumerate(column.items()):
+        if place.setdefault(nfc(name), n) != n: wrong(f"'{name}' stands in it twice", row)
+        elif nfc(name) not in known: wrong(f"'{name}' is not in {source}", row)
     for name in tests:
         if nfc(name) not in place: wrong(f"'{name}' of {source} is missing from it")
     if [nfc(n) for n in tests] != (order := list(place)) and sorted(map(nfc, tests)) == sorted(order):
@@ -746,7 +764,7 @@ def test_tiff(listing: Listing):
 def list_tiff_table(listing: Listing, split: str, table: str, images: str, masks: str | None = None):
     "Rows of `train_meta.csv` (train_img, train_mask) or `test_meta.csv` (test_img)"
     columns = [f"{split}_img"] + [f"{split}_mask"] * (masks is not None)
-    for row, names in enumerate(read_table(listing.root / table, columns)[columns].itertuples(index=False), 2):
+    for row, *names in read_table(listing.root / table, columns)[columns].itertuples():
         skip = listing.skips(split, os.path.basename(names[0]))
         found = [listing.find(f"{folder}/{name}", table, row, report=not skip) for folder, name in zip((images, masks), names)]
         if all(found) and not skip: listing.add(split, os.path.basename(names[0]), found[0], found[1] if masks else None, "")
