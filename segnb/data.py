@@ -117,7 +117,7 @@ def read_table(path: str | Path,            # a CSV with a header
     except (csv.Error, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
         raise Fault("table-unreadable", path, " ".join(str(error).split())) from None
     table.index = range(rows[0] + 2, rows[0] + 2 + len(table))
-    table = table.loc[[n + 1 for n in rows[1:]]]
+    if len(rows) <= len(table): table = table.loc[[n + 1 for n in rows[1:]]]   # a copy, which large tables can do without
     table.columns = [nfc(str(name)).strip() for name in table.columns]
     for name in columns:
         if nfc(name) not in table: raise Fault("missing-column", path, nearest(name, table.columns, "Column").rstrip("."))
