@@ -595,10 +595,11 @@ def read_coco(path: str | Path) -> Coco:
     try:
         for entry in raw.get("annotations", []): annotations.setdefault(entry["image_id"], []).append(entry)
         by_name = {nfc(image["file_name"]): image for image in raw["images"] if image["id"] is not None}
-        names = {category["id"]: nfc(category["name"]).strip() for category in raw["categories"]}
+        categories = raw.get("categories") or []       # a test file may do without them
+        names = {category["id"]: nfc(category["name"]).strip() for category in categories}
     except (KeyError, TypeError, AttributeError) as error:
         raise Fault("table-unreadable", path, f"it is no COCO file: an image, an annotation or a category lacks {error}") from None
-    return Coco(raw["images"], by_name, annotations, raw["categories"], names)
+    return Coco(raw["images"], by_name, annotations, categories, names)
 
 # %% ../nbs/02_data.ipynb #b69bb3d6
 _parsing = threading.Lock()   # threads that ask at once wait for the first
@@ -630,6 +631,7 @@ def train_coco(listing: Listing):
     "Rows of the train JSONs"
     for file in listing.data.train:
         coco = load_coco(listing.root / file)
+        if coco.annotations and not coco.categories: raise Fault("table-unreadable", file, "it is no COCO file of a training set: it has annotations and no categories")
         note_unknown(listing, coco, file)
         for row, image in enumerate(coco.images, 1): listing.add_named("train", image["file_name"], image["file_name"], file, file, row)
 
