@@ -329,30 +329,32 @@ def _rgb(data, picture):
 logging.getLogger("tifffile").addHandler(logging.NullHandler())   # what it grumbles about is either harmless or becomes a `Fault`
 
 def _tiff(data):
-    "(H, W, C) as stored, reversed greys and palettes as they are shown; EXIF orientation"
+    "(H, W, C), reversed greys and palettes as they are shown; EXIF orientation that is left to do, as Pillow and OpenCV turn a TIFF themselves"
     with tifffile.TiffFile(io.BytesIO(data)) as tiff:
         page, series = tiff.pages[0], tiff.series[0]
         said = re.search(r'"shape": \[([\d, ]+)\]', page.description)
         if said and math.prod(map(int, said[1].split(","))) != series.size: raise ValueError("truncated: pages are missing")
         shape, axis = tiff_layout(series.shape, series.axes)
         reverse, deep = axis is None and page.photometric == 0, page.bitspersample > 8
-        if reverse and not deep or axis is None and page.photometric == 3: array = np.asarray(_shown(Image.open(io.BytesIO(data))))
-        else: array = _tiff_array(data, series).reshape(shape)
+        upright = reverse and not deep or _has_palette(page)
+        if upright: array = np.asarray(_shown(Image.open(io.BytesIO(data))))
+        else: array, upright = _tiff_array(data, series, shape, axis)
         if reverse and deep and array.dtype.kind == "u": array = np.iinfo(array.dtype).max - array   # Pillow does that for 8 bits only
-        if axis is not None: array = np.moveaxis(array, axis, -1)
-        return array if array.ndim == 3 else array[..., None], _tiff_orientation(page)
+        return array if array.ndim == 3 else array[..., None], 1 if upright else _tiff_orientation(page)
+
+def _has_palette(page): return page.photometric == 3 and page.samplesperpixel == 1
 
 def _shown(picture): return picture.convert("RGB") if picture.mode in ("P", "PA", "CMYK") else picture
 
-def _tiff_array(data, series):
-    try: return series.asarray(maxworkers=1)   # workers are the caller's business
+def _tiff_array(data, series, shape, axis):
+    "Pixels with their bands last; whether they are turned already"
+    try: array = series.asarray(maxworkers=1).reshape(shape)   # workers are the caller's business
     except ValueError as error:
         if "imagecodecs" not in str(error): raise
         array = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)   # knows LZW, up to four bands
         if array is None or array.size != series.size: raise ValueError(f"{error}: install it, or save the file uncompressed") from None
-        if array.ndim == 2: return array
-        array = cv2.cvtColor(array, cv2.COLOR_BGRA2RGBA if array.shape[2] == 4 else cv2.COLOR_BGR2RGB)
-        return np.moveaxis(array, -1, tiff_layout(series.shape, series.axes)[1])   # bands last, whichever way they are stored
+        return array if array.ndim == 2 else cv2.cvtColor(array, cv2.COLOR_BGRA2RGBA if array.shape[2] == 4 else cv2.COLOR_BGR2RGB), True
+    return array if axis is None else np.moveaxis(array, axis, -1), False
 
 # %% ../nbs/02_data.ipynb #4e55ae60
 def decode_image(data: bytes,                   # a whole file
@@ -410,6 +412,8 @@ def palette_meaning(indices: np.ndarray,  # (H, W) uint8 into the palette
 def _mask_values(data, name, n_values, palette):
     "Pixels of a mask file as they are meant: (H, W), or (H, W, 3) colours"
     if is_tiff(data):
+        with tifffile.TiffFile(io.BytesIO(data)) as tiff: indexed = _has_palette(tiff.pages[0])
+        if indexed and not palette: return _from_palette(Image.open(io.BytesIO(data)), name, n_values)
         array, orientation = _tiff(data)
         return turn(array[..., 0] if array.shape[2] == 1 else array[..., :3], orientation)
     picture = _open(data, name)
