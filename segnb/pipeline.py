@@ -14,7 +14,7 @@ __all__ = ['LATER', 'STAGES', 'WITHOUT_EFFECT', 'DECISIONS', 'PACKAGES', 'STANDS
            'run_stages', 'run_pipeline', 'stages_before', 'refuse_gap', 'forget_decisions', 'run_missing']
 
 # %% ../nbs/09_pipeline.ipynb #32c98efb
-import ast, importlib.metadata, inspect, io, json, os, platform, tempfile, time
+import ast, importlib.metadata, inspect, io, json, os, platform, sys, tempfile, time
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -233,7 +233,7 @@ def draw_demo(recipe: Recipe):
     "The demo brings its own data"
     if recipe.name != "demo" or recipe.data.root.exists(): return
     from segnb.sample import draw_sample
-    print(f"drawing the demo data into {recipe.data.root}")
+    print(f"drawing the demo data into {recipe.data.root}", file=sys.stderr)   # stdout may be JSON
     recipe.data.root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=recipe.data.root.parent, prefix=".demo-") as part:
         draw_sample("demo", Path(part) / "demo")
