@@ -163,7 +163,7 @@ def fingerprint(paths: Iterable[str | Path],       # files, absolute or relative
     root = Path(root)
     known = read_json(cache) if cache and Path(cache).exists() else {}
     files = {Path(os.path.relpath(root / p, root)).as_posix(): root / p for p in paths}
-    stats = {name: (s := path.stat()) and f"{s.st_size}:{s.st_mtime_ns}" for name, path in files.items()}
+    stats = {name: (s := path.stat()) and f"{s.st_size}:{s.st_mtime_ns}:{s.st_ctime_ns}:{s.st_ino}" for name, path in files.items()}
     new = [name for name in files if known.get(name, [None])[0] != stats[name]]
     desc = "hashing" if len(new) > 200 else None
     fresh = dict(zip(new, parallel_map(lambda name: sha256_file(files[name]), new, workers, desc)))
