@@ -156,7 +156,7 @@ def read_manifest(folder: str | Path) -> dict:
     path = Path(folder) / "manifest.json"
     if not path.exists(): return {"requested": None, "decisions": {}, "inputs": {}, "stages": {}}
     try: return read_json(path)
-    except ValueError: raise SegnbError(f"{path} is damaged. Delete it to have every stage run again.") from None
+    except ValueError: raise SegnbError(f"{path} is damaged. Delete it and move recipe.yaml out of the folder: every stage then runs again, and the recipe may be that one.") from None
 
 @contextmanager
 def edit_manifest(folder: str | Path) -> Iterator[dict]:
