@@ -20,8 +20,8 @@ from .files import RecipeError, nearest, sha256_text, write_text
 
 # %% ../nbs/00_recipe.ipynb #bc65a360
 class Section(BaseModel):
-    "A part of the recipe: unknown keys are errors"
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    "A part of the recipe: unknown keys are errors, and so are numbers without end"
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
 def _pair(size): return (size, size) if isinstance(size, int) else size
 
@@ -366,6 +366,7 @@ def disagreements(recipe: Recipe) -> list[str]:
         for name in recipe.tune.models or [""]:
             if name not in models: found.append("tune.models: " + nearest(name, models, "model").rstrip("."))
     if recipe.train.ema and recipe.train.swa is not None: found.append("train.ema and train.swa are two ways to average weights: set one of them to null")
+    if folds.use == []: found.append("folds.use is empty: name the folds to train, or write all")
     if recipe.pseudo.rounds and not (recipe.pseudo.test or recipe.pseudo.folders): found.append("pseudo.rounds asks for labels of nothing: set pseudo.test, or name pseudo.folders")
     if recipe.pseudo.rounds and recipe.data.ignore_index is None and recipe.task == "multiclass" and n > 255:
         found.append("pseudo.rounds: 256 classes leave no mask value for what nobody knows: set pseudo.rounds to 0")
@@ -520,7 +521,7 @@ def _absolute(layer, folder):
         for name in path: section = section.get(name) if isinstance(section, dict) else None
         if isinstance(section, dict) and last in section: section[last] = _resolve(section[last], folder, last)
     models = layer.get("models")
-    for model in models.values() if isinstance(models, dict) else models or []:
+    for model in models.values() if isinstance(models, dict) else models if isinstance(models, list) else []:   # another type is refused later, with its line
         if isinstance(model, dict) and "encoder_weights" in model: model["encoder_weights"] = _resolve(model["encoder_weights"], folder, "encoder_weights")
     if isinstance(layer.get("timed"), dict): layer["timed"] = _absolute(expand(layer["timed"]), folder)
     return layer
@@ -573,7 +574,7 @@ def _stack(layers, overrides):
     out = {}
     for raw, *_ in layers:
         out = overlay(out, raw)
-        if minutes and minutes[-1] is not None: out = overlay(out, expand(raw.get("timed", {})))
+        if minutes and minutes[-1] is not None and isinstance(raw.get("timed"), dict): out = overlay(out, expand(raw["timed"]))
     return overlay(out, overrides)
 
 # %% ../nbs/00_recipe.ipynb #7e323f6c
