@@ -19,7 +19,7 @@ help:
 
 $(STAMP): settings.ini setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("segnb needs Python 3.10 or newer, $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=python3.11 …")'
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@echo "installing into $(VENV): a minute or two"
 	$(BIN)/python -m pip install --disable-pip-version-check --use-pep517 -c constraints.txt -e '.[dev]'
 	@touch $@
@@ -49,7 +49,7 @@ test-full: $(STAMP)
 	$(BIN)/python -m pytest tests -rs
 
 lab: $(STAMP)
-	$(BIN)/jupyter lab nbs
+	$(BIN)/jupyter lab $$(test "$$(id -u)" != 0 || echo --allow-root) nbs
 
 sync: $(STAMP)
 	$(BIN)/python tests/sync.py

@@ -6,8 +6,9 @@
 __all__ = ['FULL', 'KEPT', 'app', 'RecipeName', 'Settings', 'AsJson', 'Jobs', 'UNTOLD', 'BENCHMARKS', 'exit_code', 'paragraph',
            'Options', 'one_paragraph', 'options', 'command', 'main', 'overrides', 'recipes', 'sample', 'check',
            'prove_choices', 'weight_paths', 'run', 'fit', 'score', 'validate', 'vote', 'sweep', 'tune', 'finished_run',
-           'mask_files', 'load_ensemble', 'predict_image', 'check_bands', 'predict', 'refuse_same_names', 'bundle',
-           'verify', 'leaves', 'differing', 'run_folders', 'fit_scores', 'standing', 'board', 'leaderboard', 'bench']
+           'mask_names', 'mask_files', 'load_ensemble', 'predict_image', 'check_bands', 'predict', 'refuse_overwriting',
+           'bundle', 'verify', 'leaves', 'differing', 'run_folders', 'holding', 'fit_scores', 'standing', 'board',
+           'leaderboard', 'bench']
 
 # %% ../nbs/90_cli.ipynb #2552e914
 import errno, functools, json, re, shutil, sys, traceback
@@ -263,18 +264,21 @@ def finished_run(folder: Path, name: str):
     if not (folder / name).is_file(): raise RecipeError(f"The run in {folder} is not finished: it has no {name}. Finish it with segnb run {folder}/recipe.yaml --out {folder}.")
     return Run(folder)
 
+def mask_names(stem: str, recipe) -> list[str]:
+    "Files that the mask of an image is written to: one, or one for each label where labels overlap"
+    if recipe.task != "multilabel": return [f"{stem}.png"]
+    return [f"{stem}_{plain}.png" for plain in (re.sub(r"[^\w.-]", "_", name) for name in recipe.classes)]
+
 def mask_files(mask,           # (H, W) class indices, or (H, W, C) 0/1
                stem: str,      # of the image
                recipe,
               ) -> dict[str, bytes]:   # file name -> PNG
-    "A mask as PNGs: class indices, or one file for each label where labels overlap"
+    "A mask as PNGs of class indices, by `mask_names`"
     from segnb.figures import class_colors
     from segnb.masks import index_png_encode
-    colors = class_colors(recipe.n_classes).tolist()
-    if recipe.task == "multilabel":
-        names = [re.sub(r"[^\w.-]", "_", name) for name in recipe.classes]
-        return {f"{stem}_{name}.png": index_png_encode(mask[..., k], palette=[[0, 0, 0], colors[k]]) for k, name in enumerate(names)}
-    return {f"{stem}.png": index_png_encode(mask, palette=[[0, 0, 0], *colors] if recipe.task == "binary" else colors)}
+    colors, names = class_colors(recipe.n_classes).tolist(), mask_names(stem, recipe)
+    if recipe.task == "multilabel": return {name: index_png_encode(mask[..., k], palette=[[0, 0, 0], colors[k]]) for k, name in enumerate(names)}
+    return {names[0]: index_png_encode(mask, palette=[[0, 0, 0], *colors] if recipe.task == "binary" else colors)}
 
 # %% ../nbs/90_cli.ipynb #1b026ba2
 def load_ensemble(run) -> tuple:  # Predictor, Decision
@@ -313,19 +317,20 @@ def predict(run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a
     "Masks (index PNG) and overlays for loose images, by the ensemble of a run."
     from tqdm import tqdm
     from segnb.files import write_bytes
-    refuse_same_names(images)
     found = finished_run(run, "ensemble.json")
+    refuse_overwriting(images, out, found.recipe)
     predictor, decision = load_ensemble(found)
     for path in tqdm(images, desc="predicting", unit="image"):
         for name, data in predict_image(predictor, decision, found.recipe, path).items(): write_bytes(out / name, data)
     print(f"{len(images)} mask{'s' * (len(images) > 1)} and overlays in {out}")
 
-def refuse_same_names(images: list[Path]):
-    "Masks are named after their images"
-    first = {}
-    for path in images:
-        if path.stem in first: raise RecipeError(f"{first[path.stem]} and {path} would both be written to {path.stem}.png: predict them into different folders.")
-        first[path.stem] = path
+def refuse_overwriting(images: list[Path], out: Path, recipe):
+    "Files are named after their images: none may land on another one, or on an image"
+    given, first = {path.resolve() for path in images}, {}
+    for path, name in ((path, name) for path in images for name in [*mask_names(path.stem, recipe), f"{path.stem}_overlay.png"]):
+        if (out / name).resolve() in given: raise RecipeError(f"{path}: its {name} would be written over the image {out / name}: predict into another folder.")
+        if name in first: raise RecipeError(f"{first[name]} and {path} would both be written to {name}: predict them into different folders.")
+        first[name] = path
 
 # %% ../nbs/90_cli.ipynb #c28e0b8f
 @command
@@ -383,29 +388,54 @@ def run_folders(paths: list[Path]) -> list[Path]:
     inner = lambda path: sorted(p.parent for p in path.glob("*/recipe.yaml") if (p.parent / "manifest.json").is_file())
     return [found for path in paths for found in ([path] if (path / "recipe.yaml").is_file() else inner(path) or [path])]
 
-def fit_scores(folder: Path) -> dict[str, float]:  # fold -> mean over the models
+
+# %% ../nbs/90_cli.ipynb #f05477aa
+def holding(manifest: dict) -> set[str]:  # labels of tasks
+    "What of a run was finished with the recipe that it has now"
+    from segnb.pipeline import STAGES, recipe_parts
+    from segnb.recipe import Recipe
+    try: asked = Recipe.model_validate(manifest["requested"])
+    except ValueError: return set()   # of another version
+    records, held = manifest["stages"], set()
+    models, use = [m.name for m in asked.models], asked.folds.use
+    def results(stage): return {name: h for label in held if label.split()[0] == stage for name, h in records[label]["outputs"].items()}
+    def holds(stage, label, record):
+        _, model, _, fold = label.split() if " " in label else (label, "", "", 0)
+        if "outputs" not in record or model and (model not in models or use != "all" and int(fold) not in use): return False
+        parts = json.loads(json.dumps(recipe_parts(asked, stage, model))) | {f"{need} results": results(need) for need in stage.needs}
+        return all(record["parts"].get(name) == part for name, part in parts.items())
+    for stage in STAGES.values():   # each comes after those that it needs
+        held |= {label for label, record in records.items() if label.split()[0] == stage.name and holds(stage, label, record)}
+    return held if {label.split()[1] for label in held if " " in label} >= set(models) else held - {"ensemble"}
+
+def fit_scores(folder: Path, held: set[str]) -> dict[str, float]:  # fold -> mean over the models
     "What the fits of a run reached on their validations, of the folds that all models have finished"
     from segnb.files import read_json
     found = {}
-    for path in sorted(folder.glob("models/*/fold*/fit.json")): found.setdefault(path.parent.name, []).append(read_json(path)["score"])
+    for _, model, _, fold in sorted(label.split() for label in held if label.startswith("train ")):
+        found.setdefault(fold, []).append(read_json(folder / f"models/{model}/fold{fold}/fit.json")["score"])
     whole = max(map(len, found.values()), default=0)
     return {fold: sum(s) / len(s) for fold, s in found.items() if len(s) == whole and None not in s}
 
 # %% ../nbs/90_cli.ipynb #a97c1384
-def standing(folder: Path) -> dict:  # run, score, spread, fits, in_sample, recipe
+def standing(folder: Path) -> dict:  # run, score, spread, fits, in_sample, outdated, recipe
     "What a run reached out of fold, honestly if that is known, or in its fits; None where it has neither"
     import numpy as np
     from segnb.files import read_json
+    from segnb.pipeline import read_manifest
     from segnb.recipe import parse_yaml
     if not (folder / "recipe.yaml").is_file(): raise RecipeError(f"{folder} is no run folder: it has no recipe.yaml.")
-    scores = read_json(folder / "scores.json") if (folder / "scores.json").is_file() else {}
-    card = scores.get("ensemble") or {"score": None, "folds": fit_scores(folder)}
+    manifest = read_manifest(folder)
+    held = holding(manifest)
+    scores = read_json(folder / "scores.json") if "ensemble" in held else {}
+    card = scores.get("ensemble") or {"score": None, "folds": fit_scores(folder, held)}
     in_sample = card["score"] is not None and card.get("honest") is None
     score, reached = (card["score"], card["folds"]) if card.get("honest") is None else (card["honest"], card["honest_folds"])
     folds = [s for s in reached.values() if s is not None]
     fits = score is None and bool(folds)
+    outdated = score is None and not fits and any("outputs" in record for label, record in manifest["stages"].items() if label.startswith(("train ", "ensemble")))
     return {"run": str(folder), "score": float(np.mean(folds)) if fits else score, "spread": float(np.std(folds)) if len(folds) > 1 else None,
-            "fits": fits, "in_sample": in_sample, "recipe": parse_yaml((folder / "recipe.yaml").read_text("utf8"), str(folder))}
+            "fits": fits, "in_sample": in_sample, "outdated": outdated, "recipe": parse_yaml((folder / "recipe.yaml").read_text("utf8"), str(folder))}
 
 # %% ../nbs/90_cli.ipynb #6c70e295
 def board(runs: list[dict],   # of `standing`
@@ -421,10 +451,11 @@ def board(runs: list[dict],   # of `standing`
         text = "  ".join(f"{k}={'null' if v is None else v}".replace(" ", "") for k, v in differs.items())
         wrapped = textwrap.wrap(text, max(20, width - long - 20), break_on_hyphens=False) or [""]
         name = run["run"] if len(run["run"]) <= long else "…" + run["run"][1 - long:]
-        mark = "~" if run.get("fits") else "+" if run.get("in_sample") else " "
+        mark = next((sign for sign, flag in {"~": "fits", "+": "in_sample", "!": "outdated"}.items() if run.get(flag)), " ")
         lines += [f"{number(run['score']):>7}{mark} {number(run['spread']):>7}  {name:{long}}  {wrapped[0]}".rstrip()]
         lines += [" " * (long + 20) + more for more in wrapped[1:]]
-    notes = {"fits": "~ mean of the fits' best validations, over the folds that are finished: the ensemble stage has not run",
+    notes = {"fits": "~ mean of the fits' best validations, over the folds that are finished: the ensemble stage has not run with this recipe",
+             "outdated": "! its results are of an earlier recipe: run it again",
              "in_sample": "+ in-sample: thresholds and rules were found on the images that they are judged on"}
     for flag, note in notes.items():
         if any(run.get(flag) for run in runs): lines += ["", *textwrap.wrap(note, width)]

@@ -15,7 +15,7 @@ __all__ = ['FINDINGS', 'PICTURES', 'CUT_SHORT', 'WHOLE', 'SAMPLE_HEADERS', 'FORM
            'read_samples', 'as_dict', 'read_image', 'read_mask']
 
 # %% ../nbs/02_data.ipynb #07d0d223
-import io, json, logging, math, os, re, threading, unicodedata
+import csv, io, json, logging, math, os, re, threading, unicodedata, zlib
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Callable, Iterable, NamedTuple
@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 import tifffile
 from PIL import Image
-from .files import DataError, RecipeError, inside, nearest, parallel_map
+from .files import UNPACK, DataError, RecipeError, inside, nearest, not_utf8, parallel_map, walk
 from .masks import coco_decode, colors_to_indices, flatten_layers, polygon_points, polygons_to_mask, rle_decode
 from .recipe import Recipe, load_recipe
 
@@ -65,6 +65,7 @@ FINDINGS |= {
     "missing-folder": Kind("error", "a folder is not there", "Correct data.root or the folder's name in the recipe, or unpack the organiser's files there"),
     "missing-table": Kind("error", "a table is not there", "Correct data.root or the file's name in the recipe, or copy the organiser's file there"),
     "missing-column": Kind("error", "a table lacks a column", "Name the column in the recipe as the table spells it"),
+    "table-row": Kind("error", "a row of a table has too many or too few cells", "Correct the row: a comma is missing, or is one too many, or stands in a cell without quotes"),
     "table-unreadable": Kind("error", "a table or JSON file cannot be read", "Fetch it from the organiser again, or save it as UTF-8"),
 }
 
@@ -92,14 +93,31 @@ def read_bytes(path: Path, missing: str = "missing-file") -> bytes:
     except OSError as error: raise Fault("unreadable", path, error.strerror or str(error)) from None
 
 # %% ../nbs/02_data.ipynb #9d46b24f
+csv.field_size_limit(2**31 - 1)   # a run-length mask is one cell
+
+def _filled_rows(data, path):
+    "Numbers, from 0, of the rows of a CSV that are not empty; all must have as many cells as the first"
+    found, wanted = [], 0
+    for n, cells in enumerate(csv.reader(io.TextIOWrapper(io.BytesIO(data), "utf8", newline=""))):
+        if len(cells) <= 1 and not "".join(cells).strip(): continue
+        wanted = wanted or len(cells)
+        if len(cells) != wanted: raise Fault("table-row", path, f"it has {len(cells)} cell{'s' * (len(cells) > 1)}, the header has {wanted}", n + 1)
+        found.append(n)
+    if not found: raise pd.errors.EmptyDataError("it is empty")
+    return found
+
 def read_table(path: str | Path,            # a CSV with a header
                columns: Iterable[str] = (),  # which must be there
-              ) -> pd.DataFrame:            # text in every cell
-    "A CSV as text; `Fault` names the file or the column that is not there"
+              ) -> pd.DataFrame:            # text in every cell; its index are the rows of the file, from 2
+    "A CSV as text; `Fault` names the file, the column that is not there, or the row that has other cells than the header"
     data = decode_text(read_bytes(path, "missing-table"), path).encode()    # as bytes: a StringIO would keep four for each character
-    try: table = pd.read_csv(io.BytesIO(data), dtype=str, keep_default_na=False)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+    try:
+        rows = _filled_rows(data, path)
+        table = pd.read_csv(io.BytesIO(data), dtype=str, keep_default_na=False, index_col=False, skip_blank_lines=False, header=rows[0])
+    except (csv.Error, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
         raise Fault("table-unreadable", path, " ".join(str(error).split())) from None
+    table.index = range(rows[0] + 2, rows[0] + 2 + len(table))
+    if len(rows) <= len(table): table = table.loc[[n + 1 for n in rows[1:]]]   # a copy, which large tables can do without
     table.columns = [nfc(str(name)).strip() for name in table.columns]
     for name in columns:
         if nfc(name) not in table: raise Fault("missing-column", path, nearest(name, table.columns, "Column").rstrip("."))
@@ -115,6 +133,7 @@ def read_json_file(path: str | Path) -> Any:
 FINDINGS |= {
     "missing-file": Kind("error", "a file that a table names is not there", "Copy it there, correct the table, or leave a training image out with data.exclude"),
     "path-outside": Kind("error", "a table's path leads out of the data folder", "Correct the table, or move the file into data.root"),
+    "name-encoding": Kind("error", "a file's name is not UTF-8", UNPACK),
     "unlisted-file": Kind("note", "an image that no table lists", "Nothing, if it is left out on purpose"),
     "unpaired-image": Kind("error", "a training image has no mask", "Give it a mask with the same name, or leave it out with data.exclude"),
     "unpaired-mask": Kind("warning", "a mask has no image", "Look whether its image is missing or is named differently"),
@@ -155,13 +174,14 @@ def list_files(folder: str | Path,                  # searched with its sub-fold
                suffixes: tuple[str, ...] = PICTURES,
                deep: bool = True,                   # look into sub-folders
               ) -> list[str]:                       # posix paths relative to `folder`, sorted
-    "Files by their suffix, without hidden ones and what Macs leave in archives"
+    "Files by their suffix, behind links too, without hidden ones and what Macs leave in archives"
     if not Path(folder).is_dir(): raise Fault("missing-folder", folder, "there is no such folder")
     found = []
-    for at, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))] if deep else []
+    for at, names in walk(folder, deep=deep):
         there = Path(at).relative_to(folder).as_posix().removeprefix(".")
-        found += [os.path.join(there, name) for name in names if name.lower().endswith(suffixes) and not name.startswith(".")]
+        found += [os.path.join(there, name) for name in names if name.lower().endswith(suffixes)]
+    for name in map(not_utf8, found):
+        if name: raise Fault("name-encoding", Path(folder, name), "its name is not UTF-8, as in a zip from Windows")
     return sorted(found, key=nfc)
 
 # %% ../nbs/02_data.ipynb #34eea218
@@ -276,9 +296,19 @@ def _open(data, name):
     try:
         picture = Image.open(io.BytesIO(data))
         if not data.endswith(WHOLE): picture.load()
-        if picture.format == "PNG" and WHOLE[0] not in data: raise ValueError("truncated: its end is missing")
+        if picture.format == "PNG": _check_png(data)
         return picture
     except Exception as error: raise _broken(name, error) from None
+
+def _check_png(data):
+    "ValueError unless all that makes the pixels is there and as it was written"
+    if WHOLE[0] not in data: raise ValueError("truncated: its end is missing")
+    view, at, kind = memoryview(data), 8, b""
+    while kind != b"IEND" and at + 12 <= len(data):
+        end, kind = at + 8 + int.from_bytes(view[at:at + 4], "big"), bytes(view[at + 4:at + 8])
+        matters = kind[:1].isupper() or kind == b"eXIf"
+        if matters and zlib.crc32(view[at + 4:end]) != int.from_bytes(view[end:end + 4], "big"): raise ValueError(f"it is damaged: the checksum at byte {end} is wrong")
+        at = end + 4
 
 def _depth(data, picture):
     "Bits of a PNG sample; 8 elsewhere"
@@ -299,28 +329,32 @@ def _rgb(data, picture):
 logging.getLogger("tifffile").addHandler(logging.NullHandler())   # what it grumbles about is either harmless or becomes a `Fault`
 
 def _tiff(data):
-    "(H, W, C) as stored, reversed greys and palettes as they are shown; EXIF orientation"
+    "(H, W, C), reversed greys and palettes as they are shown; EXIF orientation that is left to do, as Pillow and OpenCV turn a TIFF themselves"
     with tifffile.TiffFile(io.BytesIO(data)) as tiff:
         page, series = tiff.pages[0], tiff.series[0]
         said = re.search(r'"shape": \[([\d, ]+)\]', page.description)
         if said and math.prod(map(int, said[1].split(","))) != series.size: raise ValueError("truncated: pages are missing")
         shape, axis = tiff_layout(series.shape, series.axes)
         reverse, deep = axis is None and page.photometric == 0, page.bitspersample > 8
-        if reverse and not deep or axis is None and page.photometric == 3: array = np.asarray(_shown(Image.open(io.BytesIO(data))))
-        else: array = _tiff_array(data, series).reshape(shape)
+        upright = reverse and not deep or _has_palette(page)
+        if upright: array = np.asarray(_shown(Image.open(io.BytesIO(data))))
+        else: array, upright = _tiff_array(data, series, shape, axis)
         if reverse and deep and array.dtype.kind == "u": array = np.iinfo(array.dtype).max - array   # Pillow does that for 8 bits only
-        if axis is not None: array = np.moveaxis(array, axis, -1)
-        return array if array.ndim == 3 else array[..., None], _tiff_orientation(page)
+        return array if array.ndim == 3 else array[..., None], 1 if upright else _tiff_orientation(page)
+
+def _has_palette(page): return page.photometric == 3 and page.samplesperpixel == 1
 
 def _shown(picture): return picture.convert("RGB") if picture.mode in ("P", "PA", "CMYK") else picture
 
-def _tiff_array(data, series):
-    try: return series.asarray(maxworkers=1)   # workers are the caller's business
+def _tiff_array(data, series, shape, axis):
+    "Pixels with their bands last; whether they are turned already"
+    try: array = series.asarray(maxworkers=1).reshape(shape)   # workers are the caller's business
     except ValueError as error:
         if "imagecodecs" not in str(error): raise
         array = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)   # knows LZW, up to four bands
         if array is None or array.size != series.size: raise ValueError(f"{error}: install it, or save the file uncompressed") from None
-        return array if array.ndim == 2 else cv2.cvtColor(array, cv2.COLOR_BGRA2RGBA if array.shape[2] == 4 else cv2.COLOR_BGR2RGB)
+        return array if array.ndim == 2 else cv2.cvtColor(array, cv2.COLOR_BGRA2RGBA if array.shape[2] == 4 else cv2.COLOR_BGR2RGB), True
+    return array if axis is None else np.moveaxis(array, axis, -1), False
 
 # %% ../nbs/02_data.ipynb #4e55ae60
 def decode_image(data: bytes,                   # a whole file
@@ -360,13 +394,15 @@ def palette_meaning(indices: np.ndarray,  # (H, W) uint8 into the palette
                     n_values: int,        # classes are 0..n_values-1
                    ) -> np.ndarray:       # (H, W) uint8 class indices
     "Class indices of a palette picture: its indices, unless the whole palette is grey and the greys are classes"
-    used = np.unique(indices)
+    used, shown = np.unique(indices), palette[:, 0].astype(int)
     if used[-1] >= len(palette) or (palette != palette[:, :1]).any(): return indices
-    grey = palette[used, 0]
-    if len(np.unique(grey)) < len(used): return indices                  # shows two classes alike: no meaning at all
-    if (grey < n_values).all(): meaning = grey
-    elif (np.diff(grey.astype(int)) > 0).all(): return indices          # a ramp to make classes visible
-    elif n_values == 2 and set(grey.tolist()) == {0, 255}: meaning = grey // 255
+    named = min(n_values, max(used[-1], np.flatnonzero(shown).max(initial=0)) + 1)   # entries that stand for classes, used here or not; zeros fill up
+    grey, seen = shown[used], shown[np.union1d(used, np.arange(named))]
+    rising = len(seen) > 1 and (np.diff(seen) > 0).all()
+    if len(np.unique(grey)) < len(used) or named > 1 and np.ptp(shown[:named]) == 0: return indices   # shows classes alike: no meaning at all
+    if n_values == 2 and np.isin(grey, (0, 255)).all() and not rising: meaning = grey // 255
+    elif (grey < n_values).all() and ((shown[:named] < n_values).all() or used[0] >= n_values): meaning = grey
+    elif rising: return indices                                          # a ramp to make classes visible
     else: raise ValueError(f"indices {used.tolist()[:8]} are shown as the greys {grey.tolist()[:8]}")
     lookup = np.zeros(256, np.uint8)
     lookup[used] = meaning
@@ -376,6 +412,8 @@ def palette_meaning(indices: np.ndarray,  # (H, W) uint8 into the palette
 def _mask_values(data, name, n_values, palette):
     "Pixels of a mask file as they are meant: (H, W), or (H, W, 3) colours"
     if is_tiff(data):
+        with tifffile.TiffFile(io.BytesIO(data)) as tiff: indexed = _has_palette(tiff.pages[0])
+        if indexed and not palette: return _from_palette(Image.open(io.BytesIO(data)), name, n_values)
         array, orientation = _tiff(data)
         return turn(array[..., 0] if array.shape[2] == 1 else array[..., :3], orientation)
     picture = _open(data, name)
@@ -494,14 +532,14 @@ def train_rle_csv(listing: Listing):
     "Rows of `train.csv`"
     d = listing.data
     table = read_table(listing.root / d.train, [d.id_column, d.image_column, d.mask_column])
-    for row, (name, path, mask) in enumerate(zip(table[d.id_column], table[d.image_column], table[d.mask_column]), 2):
+    for row, name, path, mask in zip(table.index, table[d.id_column], table[d.image_column], table[d.mask_column]):
         listing.add_named("train", name, path, mask, d.train, row)
 
 def test_rle_csv(listing: Listing):
     "Rows of `test.csv`"
     d = listing.data
     table = read_table(listing.root / d.test, [d.id_column, d.image_column])
-    for row, (name, path) in enumerate(zip(table[d.id_column], table[d.image_column]), 2): listing.add_named("test", name, path, None, d.test, row)
+    for row, name, path in zip(table.index, table[d.id_column], table[d.image_column]): listing.add_named("test", name, path, None, d.test, row)
     if (listing.root / d.sample_submission).is_file(): order_as_sample(listing, list(table[d.id_column]), f"the test table {d.test}", d.id_column)
     else: listing.wrong("sample-missing", d.sample_submission, "it is not there")
     note_unlisted(listing, {os.path.dirname(path) for path in listing.seen})
@@ -515,13 +553,13 @@ def order_as_sample(listing: Listing,
                    ):
     "Put the test rows in the order of sample_submission, under its spelling of the ids"
     file, wrong = listing.data.sample_submission, lambda *args: listing.wrong("sample-submission", listing.data.sample_submission, *args)
-    ids = list(read_table(listing.root / file, [column])[column])
-    if rows_each: ids = list(dict.fromkeys(ids))
+    column = read_table(listing.root / file, [column])[column]
+    if rows_each: column = column.drop_duplicates()
+    ids, place, known = list(column), {}, {nfc(name) for name in tests}
     if not ids: return                                    # a header alone says nothing about ids
-    place, known = {}, {nfc(name) for name in tests}
-    for n, name in enumerate(ids):
-        if place.setdefault(nfc(name), n) != n: wrong(f"'{name}' stands in it twice", n + 2)
-        elif nfc(name) not in known: wrong(f"'{name}' is not in {source}", n + 2)
+    for n, (row, name) in enumerate(column.items()):
+        if place.setdefault(nfc(name), n) != n: wrong(f"'{name}' stands in it twice", row)
+        elif nfc(name) not in known: wrong(f"'{name}' is not in {source}", row)
     for name in tests:
         if nfc(name) not in place: wrong(f"'{name}' of {source} is missing from it")
     if [nfc(n) for n in tests] != (order := list(place)) and sorted(map(nfc, tests)) == sorted(order):
@@ -561,10 +599,11 @@ def read_coco(path: str | Path) -> Coco:
     try:
         for entry in raw.get("annotations", []): annotations.setdefault(entry["image_id"], []).append(entry)
         by_name = {nfc(image["file_name"]): image for image in raw["images"] if image["id"] is not None}
-        names = {category["id"]: nfc(category["name"]).strip() for category in raw["categories"]}
+        categories = raw.get("categories") or []       # a test file may do without them
+        names = {category["id"]: nfc(category["name"]).strip() for category in categories}
     except (KeyError, TypeError, AttributeError) as error:
         raise Fault("table-unreadable", path, f"it is no COCO file: an image, an annotation or a category lacks {error}") from None
-    return Coco(raw["images"], by_name, annotations, raw["categories"], names)
+    return Coco(raw["images"], by_name, annotations, categories, names)
 
 # %% ../nbs/02_data.ipynb #b69bb3d6
 _parsing = threading.Lock()   # threads that ask at once wait for the first
@@ -596,6 +635,7 @@ def train_coco(listing: Listing):
     "Rows of the train JSONs"
     for file in listing.data.train:
         coco = load_coco(listing.root / file)
+        if coco.annotations and not coco.categories: raise Fault("table-unreadable", file, "it is no COCO file of a training set: it has annotations and no categories")
         note_unknown(listing, coco, file)
         for row, image in enumerate(coco.images, 1): listing.add_named("train", image["file_name"], image["file_name"], file, file, row)
 
@@ -730,7 +770,7 @@ def test_tiff(listing: Listing):
 def list_tiff_table(listing: Listing, split: str, table: str, images: str, masks: str | None = None):
     "Rows of `train_meta.csv` (train_img, train_mask) or `test_meta.csv` (test_img)"
     columns = [f"{split}_img"] + [f"{split}_mask"] * (masks is not None)
-    for row, names in enumerate(read_table(listing.root / table, columns)[columns].itertuples(index=False), 2):
+    for row, *names in read_table(listing.root / table, columns)[columns].itertuples():
         skip = listing.skips(split, os.path.basename(names[0]))
         found = [listing.find(f"{folder}/{name}", table, row, report=not skip) for folder, name in zip((images, masks), names)]
         if all(found) and not skip: listing.add(split, os.path.basename(names[0]), found[0], found[1] if masks else None, "")

@@ -215,7 +215,7 @@ def coco_findings(recipe: Recipe, file: str) -> Iterable[dict]:
     used = {entry.get("category_id") for entries in coco.annotations.values() for entry in entries}
     for number, name in zip(ids, names):
         if number not in used: yield finding("category-unused", file, f"'{name}', id {number}")
-    if sorted(ids) != list(range(min(ids, default=0), min(ids, default=0) + len(ids))): yield finding("category-ids", file, f"they are {sorted(ids)}")
+    if all(isinstance(n, int) for n in ids) and sorted(ids) != list(range(min(ids, default=0), min(ids, default=0) + len(ids))): yield finding("category-ids", file, f"they are {sorted(ids)}")
     for number in coco.annotations.keys() - set(images):
         yield finding("annotation-orphan", file, f"{len(coco.annotations[number])} annotations are for the image id {number}, which it does not list")
 

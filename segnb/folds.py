@@ -9,6 +9,7 @@ __all__ = ['STRATA', 'area_labels', 'class_labels', 'imbalance', 'spread', 'grou
 # %% ../nbs/06_folds.ipynb #97377db7
 from pathlib import Path
 import numpy as np, pandas as pd
+from .data import nfc, read_table
 from .files import DataError, RecipeError, nearest
 from .recipe import Recipe
 
@@ -92,16 +93,17 @@ def _read(recipe, train):
     "Fold of each train row, from `folds.file`"
     path, n = recipe.folds.file, recipe.folds.n
     if not path.is_file(): raise RecipeError(f"folds.file {path} does not exist: give a CSV with the columns image_id and fold.")
-    table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    table, ids = read_table(path), train.image_id.map(nfc)
     if not {"image_id", "fold"} <= {*table}: raise DataError(f"{path} has the columns {', '.join(table)}: it needs image_id and fold.")
+    table["image_id"] = table.image_id.map(nfc)
     twice = table.image_id[table.image_id.duplicated()]
     if len(twice): raise DataError(f"{path} lists '{twice.iloc[0]}' twice: keep one row for each image.")
     odd = table[~table.fold.isin(map(str, range(-1, n)))]
     if len(odd): raise DataError(f"{path} puts '{odd.image_id.iloc[0]}' into fold '{odd.fold.iloc[0]}', and folds.n = {n} allows 0 to {n - 1}, "
                                  "or -1 for 'always train': correct the file or set folds.n.")
-    unknown = sorted({*table.image_id} - {*train.image_id} - {*recipe.data.exclude})
+    unknown = sorted({*table.image_id} - {*ids} - {*map(nfc, recipe.data.exclude)})
     if unknown: raise DataError(f"{path} lists {len(unknown)} images that are not training images, '{unknown[0]}' among them: correct the ids.")
-    return train.image_id.map(table.set_index("image_id").fold).fillna(-2).astype(int).to_numpy()
+    return ids.map(table.set_index("image_id").fold).fillna(-2).astype(int).to_numpy()
 
 # %% ../nbs/06_folds.ipynb #52b4a813
 def make_folds(recipe: Recipe,

@@ -153,7 +153,7 @@ DIED = ("The kernel that ran {output} died without a word: most often the memory
 class NotebookError(SegnbError):
     "A cell failed; the executed notebook shows where"
     def __init__(self, error: PapermillExecutionError, output: Path):
-        kinds = {k.__name__: k for k in (RecipeError, DataError)}
+        kinds = {"RecipeError": RecipeError, "DataError": DataError, "Fault": DataError}
         self.exit_code = kinds.get(error.ename, SegnbError).exit_code
         own = error.ename in {*kinds, "SegnbError", "NotebookError"}
         what = " ".join(error.evalue.split()[-120:])

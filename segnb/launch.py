@@ -173,7 +173,7 @@ def _error_of(folder, group):
     codes = [p.returncode for p in group]
     said = {rank: read_json(folder / f"{rank}.json") for rank in range(len(group)) if (folder / f"{rank}.json").exists()}
     if MEMORY in codes: return MemoryError(said.get(codes.index(MEMORY), {}).get("message", "out of memory"))
-    kinds = {k.__name__: k for k in (SegnbError, RecipeError, files.DataError)}
+    kinds = {k.__name__: k for k in (SegnbError, RecipeError, files.DataError)} | {"Fault": files.DataError}
     for report in said.values():
         if report["kind"] in kinds: return kinds[report["kind"]](report["message"])
     rank = min(said, default=next(i for i, code in enumerate(codes) if code))

@@ -91,8 +91,9 @@ def subsample(image: np.ndarray,      # (H, W, C)
 
 def valid_pixels(image: np.ndarray,  # (H, W, C)
                 ) -> np.ndarray:     # (C, n): those with data
-    "Pixels that are not zero in every band, and are numbers"
+    "Pixels that are numbers and not zero in every band; in pictures of 8 bits zero is only black"
     planes = np.ascontiguousarray(image.reshape(-1, image.shape[2]).T)
+    if image.dtype == np.uint8 and len(planes) <= 3: return planes
     valid = planes.any(0) if planes.dtype.kind in "ui" else planes.any(0) & np.isfinite(planes).all(0)
     return planes if valid.all() else planes[:, valid]
 

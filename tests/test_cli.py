@@ -1,5 +1,5 @@
 """What only a process can show: exit codes, one paragraph on stderr, and how fast help is."""
-import subprocess, sys, time
+import json, subprocess, sys, time
 
 import pytest
 from conftest import segnb, settings
@@ -37,3 +37,8 @@ def test_usage_errors_end_with_2(tmp_path):
 def test_debug_shows_the_traceback(tmp_path):
     for arguments in (["--debug", "run", "dmo", "--out", tmp_path / "x"], ["run", "dmo", "--out", tmp_path / "x", "--debug"]):
         assert "Traceback" in segnb(*arguments, code=2).stderr
+
+
+def test_json_stands_alone_on_stdout(tmp_path):
+    done = segnb("check", "demo", "--json", "--set", f"data.root={tmp_path / 'demo'}")
+    assert json.loads(done.stdout)["ok"] and "drawing the demo data" in done.stderr

@@ -236,7 +236,9 @@ def test_one_run_folder_one_process(checked, tiny, tmp_path):
     fcntl = pytest.importorskip("fcntl")
     with open(checked(tmp_path / "a") / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert "Another process" in segnb("run", *tiny, "--out", tmp_path / "a", "--to", "check", code=1).stderr
+        before = content(tmp_path / "a", "recipe.yaml", "manifest.json")
+        assert "Another process" in segnb("run", *tiny, "--out", tmp_path / "a", "--to", "check", "--fresh", "--set", "optim.lr=0.5", code=1).stderr
+        assert content(tmp_path / "a", "recipe.yaml", "manifest.json") == before
 
 
 def test_data_errors_end_with_3_and_what_was_done_stays(demo_data, tiny, tmp_path):
@@ -254,11 +256,13 @@ def test_data_errors_end_with_3_and_what_was_done_stays(demo_data, tiny, tmp_pat
     assert "nowhere" in segnb("run", *tiny, "--out", tmp_path / "x", "--set", f"name=mine", "--set", "data.root=/nowhere", code=3).stderr
 
 
-def test_the_wheel_carries_the_stages(tmp_path):
+def test_the_wheel_of_a_source_archive_carries_the_stages(tmp_path):
+    pytest.importorskip("setuptools")
     copy = tmp_path / "clone"
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "demo", "*.egg-info", "__pycache__"))
-    subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check", "--no-deps", "--use-pep517", "-w", tmp_path, copy],
-                   check=True)
+    subprocess.run([sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", tmp_path], cwd=copy, check=True)
+    subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check", "--no-deps", "--use-pep517", "-w", tmp_path,
+                    next(tmp_path.glob("segnb-*.tar.gz"))], check=True)
     home = tmp_path / "installed"
     shutil.unpack_archive(next(tmp_path.glob("segnb-*.whl")), home, "zip")
     find = "from segnb.pipeline import *; print(*[stage_notebook(s.notebook) for s in STAGES.values() if s.notebook], sep='\\n')"
