@@ -298,7 +298,7 @@ def find_way(run: Run, rows: Sequence[int],   # of the test images
     def judge():
         batch, least = run.recipe.predict.batch_size, min(len(rows), max(8, JUDGED // most_pixels(run, rows)))
         images = [run.pack().image(i) for i in rows[np.linspace(0, len(rows) - 1, -(-least // batch) * batch).astype(int)]]   # whole batches: compiled networks fill up others
-        table = judge_ways(make, images, decide, work=len(rows) * len(shares), half=half, one_size=one_size)
+        table = judge_ways(make, images, decide, work=len(rows), half=half, one_size=one_size)
         print(table.to_string(index=False))
         return table
     return settle_way(run.path("test_masks", "way.json"), made_from, judge)
