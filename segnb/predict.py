@@ -35,7 +35,7 @@ def keep_memory(keep: bool = True):
 def out_of_memory(error: BaseException) -> bool:
     "Is this error about memory, of a GPU or of the machine?"
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (isinstance(error, RuntimeError) and any(
-        words in str(error) for words in ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")))
+        words in str(error) for words in ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")))
 
 def in_halves(f: Callable[[Sequence], Sequence], items: Sequence) -> Sequence:
     "`f` of all items at once, or of halves of them where memory does not suffice"
@@ -108,7 +108,8 @@ def _batch(self, images: Sequence[np.ndarray]) -> np.ndarray:
     config, (height, width) = self.config, images[0].shape[:2]
     inputs = [resize_image(image, config.size) for image in images] if config.size else images
     if config.window and max(inputs[0].shape[:2]) > config.window:
-        probs = torch.from_numpy(np.stack([join_bands(self._windows(image), image.shape[0]) for image in inputs]))
+        whole = [join_bands(self._windows(image), image.shape[0]) for image in inputs]
+        probs = torch.from_numpy(np.stack(whole) if len(whole) > 1 else whole[0][None])
     else: probs = self.forward(_tensor(inputs))
     return (probs if probs.shape[-2:] == (height, width) else resize_probs(probs, (height, width))).cpu().numpy()
 
