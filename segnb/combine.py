@@ -21,7 +21,7 @@ from .files import RecipeError
 from .metrics import BINS, class_scores, count, probability_hist, quantise, reduce_counts, threshold_counts
 from .postprocess import gain_error, given_thresholds, one_threshold, tune_thresholds
 from .recipe import Recipe
-from .store import ProbStore, dequantise, read_hists
+from .store import ProbStore, dequantise
 
 # %% ../nbs/43_combine.ipynb #d8c1b56a
 Weight = float | Sequence[float] | Mapping   # of all classes | of each class | {"votes": …, "thresholds": of the classes, none for exclusive ones}
@@ -198,11 +198,12 @@ def mean_hists(oof: OutOfFold, weights: Mapping[str, Weight]) -> np.ndarray:
     check_room(oof.recipe, 3 * 4096 * len(oof) * n, "Histograms")   # and what a threshold search makes of them
     used = list(class_shares(weights, n))
     if len(used) == 1 and used[0] in {m.name for m in oof.recipe.models} and not votes(weights):
-        return read_hists(oof.stores[used[0]].folder / "histograms.npz", oof.image_ids)
-    def one(i):
+        return oof.stores[used[0]].hists(oof.image_ids)
+    out = np.zeros((len(oof), n, 2, BINS), np.int64)
+    for i in oof.walk("averaging"):
         true = oof.truth(i)
-        return np.concatenate([sum(probability_hist(*pair, **rule) for pair in label_bands(oof, weights, i, c, true)) for c in range(n)])
-    return np.stack([one(i) for i in oof.walk("averaging")])
+        for c in range(n): out[i, c] = sum(probability_hist(*pair, **rule)[0] for pair in label_bands(oof, weights, i, c, true))
+    return out
 
 # %% ../nbs/43_combine.ipynb #05987dda
 def class_counts(oof: OutOfFold, weights: Mapping[str, Weight], i: int) -> np.ndarray:  # (C, 3) int64
