@@ -519,7 +519,6 @@ def vote_weights(oof: OutOfFold) -> Choice:
     if given: check_named(given, [*oof.stores, *oof.recipe.ensemble.submissions])
     weights = {name: {"votes": float(given[name]) if given else 1.0, "thresholds": c.thresholds} for name, c in alone.items()}
     said = f"a tie goes as the best of them says ({', then '.join(alone)})"
-    if not any(w["votes"] for w in weights.values()): return weights, "no model has a vote", None
     return weights, f"the majority of the members' own masks, {said}, {gain_text(oof, weights)[0]}", None
 
 # %% ../nbs/43_combine.ipynb #959710ba
@@ -544,7 +543,6 @@ def compare_methods(oof: OutOfFold) -> pd.DataFrame:  # method, score, gain, err
     if len(rows) > 1: rows += [(method, *choice(oof, method)[:2]) for method in METHODS]
     mean = judge(oof, all_alike(oof)).counts
     def row(name, weights, how):
-        if not class_shares(weights, oof.recipe.n_classes): return dict(method=name, score=float("nan"), gain=float("nan"), error=float("nan"), because=how)
         counts = judge(oof, weights).counts
         gain, error = gain_error(counts, mean, **oof.metric)
         return dict(method=name, score=reduce_counts(counts, **oof.metric), gain=gain, error=error, because=how)
