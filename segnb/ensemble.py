@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['JUDGED', 'fits_of', 'origin', 'predictor_of', 'out_of_fold', 'joined_runs', 'check_raw', 'places_of_bands',
            'joined_stores', 'check_store', 'other_folds', 'ballot', 'count_ballots', 'Members', 'decided_mask',
-           'shares_of', 'voters', 'members_of', 'one_mean', 'ensemble_of', 'masks_origin', 'ballot_size', 'most_pixels',
-           'find_way', 'with_submissions', 'file_ballot', 'check_ballots', 'tallied', 'predict_test', 'save_decision',
-           'read_decision', 'score_card', 'honest_card', 'all_scores', 'no_scores', 'score_table', 'score_figure',
-           'metric_name', 'methods_figure', 'drawn_mask', 'example_figure']
+           'shares_of', 'voters', 'members_of', 'one_mean', 'ballot_room', 'ensemble_of', 'masks_origin', 'ballot_size',
+           'most_pixels', 'find_way', 'with_submissions', 'file_ballot', 'check_ballots', 'tallied', 'predict_test',
+           'save_decision', 'read_decision', 'score_card', 'honest_card', 'all_scores', 'no_scores', 'score_table',
+           'score_figure', 'metric_name', 'methods_figure', 'drawn_mask', 'example_figure']
 
 # %% ../nbs/40_ensemble.ipynb #a8c45fdd
 import math
@@ -180,8 +180,9 @@ class Members:
                  *, bands: Mapping[str, list[int] | None] = {}, # member -> places of its bands in the images; None: all
                  size: tuple[int, int] | None = None,        # of a ballot; None: the image's own
                  count: bool = True,                         # votes: False leaves the ballots to the caller
+                 files: int = 0,                             # votes: ballots that the caller adds at the end
                 ):
-        self.predictors, self.weights, self.places, self.size, self.count = dict(predictors), weights, bands, size, count
+        self.predictors, self.weights, self.places, self.size, self.count, self.files = dict(predictors), weights, bands, size, count, files
         first = next(iter(self.predictors.values()))
         self.models, self.config = first.models, first.config
         self.together = min(getattr(p, "together", p.config.batch_size) for p in self.predictors.values())
@@ -201,12 +202,16 @@ class Members:
         return totals
 
     def _vote(self, images):
-        cast, n = [], None
-        for name in self.predictors:
+        ballots, names = [None] * len(images), list(self.predictors)
+        for m, name in enumerate(names):
             found, how = self._ask(name, images), self.weights[name]["thresholds"]
-            cast, n = [*cast, [ballot(probs, how, self.size) for probs in found]], None if len(how) else len(found[0])
-        ballots = [np.stack(own) for own in zip(*cast)]
-        return [count_ballots(b, [self.weights[name]["votes"] for name in self.predictors], n) for b in ballots] if self.count else ballots
+            for k, probs in enumerate(found):
+                own = ballot(probs, how, self.size)
+                if m == 0: ballots[k] = np.empty((len(names) + self.files, *own.shape), np.uint8)
+                ballots[k][m] = own
+        if not self.count: return ballots
+        return [count_ballots(b, [self.weights[name]["votes"] for name in names], None if len(how) else len(probs)) for b in ballots]
+
 
 # %% ../nbs/40_ensemble.ipynb #fb5658d0
 def decided_mask(probs: np.ndarray,   # (C, H, W) float32
@@ -240,6 +245,10 @@ def one_mean(decision: Decision) -> bool:
     "Is it a weighted mean over networks of the run itself?"
     return all(isinstance(weight, (int, float)) and not (weight and "/" in name) for name, weight in decision.weights.items())
 
+def ballot_room(recipe: Recipe, voters: int, pixels: int) -> int:   # of a ballot
+    "Bytes of the ballots of an image, twice (the next ones are made while it is decided), as pixels of float32 probabilities"
+    return math.ceil(2 * voters * pixels / 4 / (recipe.n_classes if recipe.task == "multiclass" else 1))
+
 def ensemble_of(run: Run, decision: Decision,
                 pixels: int,           # of the largest image
                 size: tuple[int, int] | None = None,   # at which masks vote; None: each image's own
@@ -249,9 +258,10 @@ def ensemble_of(run: Run, decision: Decision,
     "What a run decided as one predictor"
     names = voters(decision, run.recipe.n_classes)
     if one_mean(decision): return predictor_of(run, shares_of(run, decision), pixels, way)
-    members = members_of(run, names)   # one at a time, beside what they have added up to
-    predictors = {name: predictor_of(other, {(model, k): 1.0 for k in folds}, 2 * pixels, cap=run.recipe) for name, (other, model, folds, _) in members.items()}
-    return Members(predictors, decision.weights, bands={name: m[3] for name, m in members.items()}, size=size, count=count)
+    members, files = members_of(run, names), 0 if count else len(run.recipe.ensemble.submissions)
+    room = 2 * pixels + ballot_room(run.recipe, len(names) + files, math.prod(size) if size else pixels) * votes(decision.weights)   # one member at a time, beside what they have added up to
+    predictors = {name: predictor_of(other, {(model, k): 1.0 for k in folds}, room, cap=run.recipe) for name, (other, model, folds, _) in members.items()}
+    return Members(predictors, decision.weights, bands={name: m[3] for name, m in members.items()}, size=size, count=count, files=files)
 
 # %% ../nbs/40_ensemble.ipynb #0fec9a0f
 def masks_origin(run: Run, decision: Decision) -> dict:
@@ -327,12 +337,14 @@ def check_ballots(run: Run, submissions: Mapping[str, Mapping]):
         if missing: raise DataError(f"ensemble.submissions: {name} has no mask of {len(missing)} of the {len(ids)} test images, '{missing[0]}' first: segnb validate says more.")
 
 def tallied(run: Run, decision: Decision, image_id: str, ballots: np.ndarray, submissions: Mapping[str, Mapping]) -> np.ndarray:  # (C, H, W) float32
-    "The votes of the networks' masks and of the files' masks of one image"
-    task, more = run.recipe.task, [file_ballot(masks[image_id], run.recipe.task) for masks in submissions.values()]
-    wrong = [name for name, ballot in zip(submissions, more) if ballot.shape != ballots.shape[1:]]
-    if wrong: raise DataError(f"ensemble.submissions: '{image_id}' is {more[list(submissions).index(wrong[0])].shape[-2:]} in {wrong[0]} and {ballots.shape[-2:]} here (height, width).")
-    weights = [decision.weights[name]["votes"] for name in [*voters(decision, run.recipe.n_classes), *submissions]]
-    return count_ballots(np.stack([*ballots, *more]), weights, run.recipe.n_classes if task == "multiclass" else None)
+    "The votes of the networks' masks and of the files' masks of one image; these are put into the last of the `ballots`"
+    task, names = run.recipe.task, list(submissions)
+    for place, name in enumerate(names, len(ballots) - len(names)):
+        own = file_ballot(submissions[name][image_id], task)
+        if own.shape != ballots.shape[1:]: raise DataError(f"ensemble.submissions: '{image_id}' is {own.shape[-2:]} in {name} and {ballots.shape[-2:]} here (height, width).")
+        ballots[place] = own
+    weights = [decision.weights[name]["votes"] for name in [*voters(decision, run.recipe.n_classes), *names]]
+    return count_ballots(ballots, weights, run.recipe.n_classes if task == "multiclass" else None)
 
 # %% ../nbs/40_ensemble.ipynb #fbf39f20
 def predict_test(run: Run, decision: Decision,
