@@ -26,7 +26,7 @@ from .files import DataError, RecipeError, SegnbError, read_json, sha256_file, w
 from .metrics import class_scores, image_scores, probability_hist, quantise, reduce_counts
 from .pipeline import STAGES, Run, code_of, raw_parts, read_manifest, stage_tasks
 from .postprocess import to_mask
-from .predict import Predictor, beside, predict_stream, resize_probs
+from .predict import Predictor, beside, images_at_once, predict_stream, resize_probs
 from .recipe import Recipe
 from .store import MaskStore, MaskWriter, ProbStore, ProbWriter
 from .train import best_device, load_fold
@@ -56,9 +56,8 @@ def predictor_of(run: Run,
     "The networks of a run as one; a batch of results takes a quarter of `ensemble.max_ram` at most, or is of one image that fits"
     cap = cap or run.recipe
     check_room(cap, (4 if run.recipe.predict.window else 8) * pixels * cap.n_classes, "The probabilities of the largest image")   # of windows no second copy is made
-    budget = int(cap.ensemble.max_ram * 2**26)   # float32 values
     nets, made = [load_fold(run, m, k) for m, k in shares], [read_json(run.path("models", m, f"fold{k}", "fit.json")) for m, k in shares]
-    together = max(1, min(run.recipe.predict.batch_size, budget // (pixels * run.recipe.n_classes)))
+    together = images_at_once(run.recipe, pixels, cap.ensemble.max_ram)
     return go(way, Predictor(nets, run.recipe.predict, task=run.recipe.task, classes=run.recipe.classes, weights=list(shares.values()), together=together, device=best_device(),
                              precision=[m["precision"] for m in made], memory_format=[m["memory_format"] for m in made]))
 
