@@ -393,13 +393,16 @@ def _picked(oof, i, at):
 
 
 # %% ../nbs/43_combine.ipynb #04acc193
-def judge(oof: OutOfFold, weights: Mapping[str, Weight]) -> Candidate:
+def judge(oof: OutOfFold, weights: Mapping[str, Weight],
+          thresholds: Sequence[float] | None = None,   # found on other images; None: the recipe's, or the best on these
+         ) -> Candidate:
     "`evaluate` on the sampled pixels"
     means = ((pixels, combine(dict(zip(oof.stores, pixels.bins)), weights)) for pixels in oof.sample)
     if oof.recipe.task == "multiclass" or votes(weights):
         thresholds, counts = [] if oof.recipe.task == "multiclass" else [0.5] * oof.recipe.n_classes, np.stack([pixels.counts(mean) for pixels, mean in means])
         return Candidate(dict(weights), thresholds, counts, reduce_counts(counts, **oof.metric))
-    hists, thresholds, curve = np.stack([pixels.hists(mean) for pixels, mean in means]), given_thresholds(oof.recipe), None
+    hists, curve = np.stack([pixels.hists(mean) for pixels, mean in means]), None
+    if thresholds is None: thresholds = given_thresholds(oof.recipe)
     if thresholds is None: thresholds, _, curve = tune_thresholds(hists, margin=MARGIN, shared=one_threshold(oof.recipe), **oof.metric)
     counts = hist_counts(hists, thresholds)
     return Candidate(dict(weights), [float(t) for t in thresholds], counts, reduce_counts(counts, **oof.metric), curve)
@@ -537,13 +540,25 @@ def choose_weights(oof: OutOfFold) -> tuple[Candidate, str, pd.DataFrame | None]
     return evaluate(oof, weights), f"{how} (ensemble.method {method})", tried
 
 # %% ../nbs/43_combine.ipynb #d83998f1
-def compare_methods(oof: OutOfFold) -> pd.DataFrame:  # method, score, gain, error, because
+def compare_methods(oof: OutOfFold,
+                    parts: Sequence[tuple] = (),   # places of the images to find on, and of those to judge on
+                   ) -> pd.DataFrame:              # method, score, honest, gain, error, because
     "Each member alone and each way to combine them, on the sampled pixels"
-    rows = [(f"{name} alone", oof.alone(name), "one model") for name in oof.stores]
-    if len(rows) > 1: rows += [(method, *choice(oof, method)[:2]) for method in METHODS]
-    mean = judge(oof, all_alike(oof)).counts
-    def row(name, weights, how):
-        counts = judge(oof, weights).counts
-        gain, error = gain_error(counts, mean, **oof.metric)
-        return dict(method=name, score=reduce_counts(counts, **oof.metric), gain=gain, error=error, because=how)
-    return pd.DataFrame([row(*each) for each in rows])
+    ways = {f"{name} alone": lambda part, name=name: (part.alone(name), "one model") for name in oof.stores}
+    if len(ways) > 1: ways |= {method: lambda part, method=method: choice(part, method)[:2] for method in METHODS}
+    halves = [(oof.subset(tune), oof.subset(rest), rest) for tune, rest in parts]
+    inside = {name: judge(oof, way(oof)[0]).counts for name, way in ways.items()}
+    honest = {name: _unseen(oof, way, halves) for name, way in ways.items()} if halves else inside
+    score, mean = lambda counts: reduce_counts(counts, **oof.metric), _unseen(oof, lambda part: (all_alike(part), ""), halves) if halves else judge(oof, all_alike(oof)).counts
+    gains = {name: gain_error(counts, mean, **oof.metric) for name, counts in honest.items()}
+    return pd.DataFrame([dict(method=name, score=score(inside[name]), honest=score(honest[name]) if halves else float("nan"), gain=gains[name][0], error=gains[name][1],
+                              because=way(oof)[1]) for name, way in ways.items()])
+
+def _unseen(oof, way, halves):
+    "(N, C, 3) counts of each image by weights and thresholds that were found without it"
+    out = np.zeros((len(oof), oof.recipe.n_classes, 3), np.int64)
+    for found, judged, places in halves:
+        weights = way(found)[0]
+        out[places] = judge(judged, weights, judge(found, weights).thresholds).counts
+    return out
+

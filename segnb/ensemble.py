@@ -438,24 +438,25 @@ def no_scores(recipe: Recipe) -> dict:
     return dict(metric=recipe.metric.model_dump(), images=0, models={}, ensemble=None, gains=[])
 
 # %% ../nbs/40_ensemble.ipynb #e9040e88
-def score_table(scores: dict) -> pd.DataFrame:   # model, then a column a fold
+def score_table(scores: dict) -> pd.DataFrame:   # model, all, honest (of the ensemble), then a column a fold
     "The score card as a table"
     cards = {**scores["models"], "ensemble": scores["ensemble"]}
-    return pd.DataFrame([{"model": name, "all": card["score"], **{f"fold {k}": s for k, s in card["folds"].items()}} for name, card in cards.items()])
+    return pd.DataFrame([{"model": name, "all": card["score"], "honest": card.get("honest"), **{f"fold {k}": s for k, s in card["folds"].items()}} for name, card in cards.items()])
 
 # %% ../nbs/40_ensemble.ipynb #52bf6e6f
 def score_figure(table: pd.DataFrame,   # of `score_table`
                  metric: str,           # what the axis says
                 ) -> Figure:
-    "One line a model: its folds as dots, all together as a bar"
+    "One line a model: its folds as dots, all together as a bar; of the ensemble the honest score as a ring"
     fig, axes = new_figure(size=(6.4, 0.9 + 0.32 * len(table)), title="Out-of-fold score")
     ax, y = axes[0, 0], np.arange(len(table))[::-1]
     folds = [c for c in table if c.startswith("fold ")]
     colors = ["#9aa1ab"] * (len(table) - 1) + ["#d55e00"]
     for c in folds: ax.scatter(table[c], y, s=22, color=colors, alpha=0.75, zorder=2)
     ax.scatter(table["all"], y, s=170, marker="|", color=colors, linewidths=3, zorder=3)
+    ax.scatter(table.honest.astype(float), y, s=80, facecolors="none", edgecolors=colors, linewidths=1.5, zorder=3)
     for at, value in zip(y, table["all"]): ax.annotate(f"{value:.3f}" if value is not None else "–", (1.01, at), xycoords=("axes fraction", "data"), va="center")
-    ax.set(yticks=y, yticklabels=[label(m, 24) for m in table.model], ylim=(-0.6, len(table) - 0.4), xlabel=f"{metric}; dots: folds")
+    ax.set(yticks=y, yticklabels=[label(m, 24) for m in table.model], ylim=(-0.6, len(table) - 0.4), xlabel=f"{metric}; dots: folds; ring: honest")
     return fig
 
 def metric_name(metric: Mapping) -> str:
@@ -466,16 +467,18 @@ def metric_name(metric: Mapping) -> str:
 def methods_figure(table: pd.DataFrame,   # of `compare_methods`, and what the stage decided
                    metric: str,           # what the axis says
                   ) -> Figure:
-    "Score of each way, with the standard error of its gain against equal weights"
+    "Score of each way: where it was found (ring), and where it was not (dot, with the standard error of its gain against equal weights)"
     fig, axes = new_figure(size=(6.4, 0.9 + 0.28 * len(table)), title="Each way to combine, out of fold")
-    ax, y = axes[0, 0], np.arange(len(table))[::-1]
+    ax, y, honest = axes[0, 0], np.arange(len(table))[::-1], table.honest.fillna(table.score)
     colors = ["#9aa1ab" if m.endswith(" alone") else "#d55e00" if m == "decided" else "#0072b2" for m in table.method]
-    if (table.method == "mean").any(): ax.axvline(table.score[table.method == "mean"].item(), color="#9aa1ab", lw=1, ls=":")
-    ax.hlines(y, table.score - table.error.fillna(0), table.score + table.error.fillna(0), color=colors, lw=1.5)
-    ax.scatter(table.score, y, s=36, color=colors, zorder=3)
-    for at, value in zip(y, table.score): ax.annotate("–" if math.isnan(value) else f"{value:.3f}", (1.01, at), xycoords=("axes fraction", "data"), va="center")
-    ax.set(yticks=y, yticklabels=[label(m, 28) for m in table.method], ylim=(-0.6, len(table) - 0.4), xlabel=f"{metric}; bars: standard error of the gain")
+    if (table.method == "mean").any(): ax.axvline(honest[table.method == "mean"].item(), color="#9aa1ab", lw=1, ls=":")
+    ax.hlines(y, honest - table.error.fillna(0), honest + table.error.fillna(0), color=colors, lw=1.5)
+    ax.scatter(table.score, y, s=64, facecolors="none", edgecolors=colors)
+    ax.scatter(honest, y, s=30, color=colors, zorder=3)
+    for at, value in zip(y, honest): ax.annotate("–" if math.isnan(value) else f"{value:.3f}", (1.01, at), xycoords=("axes fraction", "data"), va="center")
+    ax.set(yticks=y, yticklabels=[label(m, 28) for m in table.method], ylim=(-0.6, len(table) - 0.4), xlabel=f"{metric}; ring: on images it was found on; bars: standard error of the gain")
     return fig
+
 
 # %% ../nbs/40_ensemble.ipynb #1d472f06
 def drawn_mask(image: np.ndarray, mask: np.ndarray, recipe: Recipe) -> np.ndarray:
