@@ -83,6 +83,14 @@ def test_what_is_up_to_date_is_reused_and_the_reason_is_said(finished, tiny, tmp
     assert "start from" in segnb("run", *tiny, "--out", tmp_path / "new", "--from", "train", code=2).stderr
     fresh = said(segnb("run", *tiny, "--out", folder, "--from", "submit", "--fresh"))
     assert fresh["submit"] == "asked for afresh" and set(fresh) == {"submit", "done"}
+    stores = [folder / "oof/small/data.bin", folder / "test_masks/data.bin"]
+    times = lambda: [path.stat().st_mtime_ns for path in stores]
+    before = times()
+    assert (folder / "oof/thresholds.png").exists()
+    segnb("run", *tiny, "--out", folder, "--from", "ensemble", "--set", "postprocess.threshold=0.45")
+    assert times()[0] == before[0] and not (folder / "oof/thresholds.png").exists()          # kept; and what an earlier decision left is gone
+    segnb("run", *tiny, "--out", folder, "--from", "ensemble", "--fresh", "--set", "postprocess.threshold=0.45")
+    assert all(new > old for new, old in zip(times(), before))                                # predicted anew
 
 
 def test_commands_on_a_finished_run(finished, demo_data, tiny, tmp_path):
