@@ -33,7 +33,7 @@ from .masks import unpack_labels
 from .mixing import build_mixing
 from .models import SegModel, build_model
 from .pack import Pack, TrainDataset, cut, read_pair
-from .predict import Predictor, predict_stream
+from .predict import Predictor, images_at_once, predict_stream
 from .recipe import Recipe
 from .sampling import build_sampling
 from .train import best_device, fold_rows, make_plan, new_model, recipe_loss
@@ -125,7 +125,7 @@ def load_ensemble(recipe: Recipe, bundle: str | Path,
                  ) -> Predictor:
     "All members as one; a batch of results takes a quarter of `ensemble.max_ram` at most"
     made, pixels = read_json(Path(bundle) / "MANIFEST.json"), int((samples.height * samples.width).max())
-    members, together = made["members"], max(1, min(recipe.predict.batch_size, int(recipe.ensemble.max_ram * 2**26) // (pixels * recipe.n_classes)))
+    members, together = made["members"], images_at_once(recipe, pixels)
     return go(made["way"], Predictor(
         [load_network(recipe, bundle, m) for m in members], recipe.predict, together=together, task=recipe.task, classes=recipe.classes, device=best_device(),
         weights=[m["share"] for m in members], precision=[m["precision"] for m in members], memory_format=[m["memory_format"] for m in members]))

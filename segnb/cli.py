@@ -306,8 +306,8 @@ def predict_image(predictor, decision, recipe, path: Path) -> dict[str, bytes]: 
 def check_bands(image, predictor, path: Path):
     "`DataError` unless the image has as many bands as the networks were trained on"
     from segnb.files import DataError
-    wanted = predictor.models[0].mean.shape[1]
-    if image.shape[2] != wanted: raise DataError(f"{path} has {image.shape[2]} bands and the networks were trained on {wanted}: give images like those of the run.")
+    wanted = [net.mean.shape[1] for net in predictor.models[:1]]   # none: all members choose their bands
+    if wanted and image.shape[2] != wanted[0]: raise DataError(f"{path} has {image.shape[2]} bands and the networks were trained on {wanted[0]}: give images like those of the run.")
 
 # %% ../nbs/90_cli.ipynb #0b725463
 @command

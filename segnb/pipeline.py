@@ -544,6 +544,7 @@ def perform(run: Run, task: Task, parts: dict, *, fresh: bool = False, show: boo
     before = read_manifest(run.folder)["stages"].get(task.label, {})
     left = before.get("outputs") or (written(run, task) if before else {})   # what an unfinished one left is not told apart
     if fresh or before.get("parts") != parts or "outputs" in before: forget_partial(run, task)
+    if fresh and task.stage.reuses and not task.stage.resumes: forget_partial(run, task, "writes")   # what it left is what it would go on with
     record = {"parts": parts, "started": time.strftime("%Y-%m-%d %H:%M:%S")}
     with edit_manifest(run.folder) as manifest: manifest["stages"][task.label] = record
     with nullcontext() if show else redirect_stderr(io.StringIO()):
@@ -565,10 +566,10 @@ def perform_notebook(run: Run, task: Task, show: bool):
     run_notebook(stage_notebook(task.stage.notebook), run.path("notebooks", task.output), parameters, cwd=run.folder, show=show,
                  first_shown=run_start(stage_cells(task.stage.notebook)), environment={INSIDE: str(run.folder)})
 
-def forget_partial(run: Run, task: Task):
+def forget_partial(run: Run, task: Task, what: str = "resumes"):
     "Remove what an interrupted task would continue from: it was made from something else"
-    for pattern in task.patterns("resumes"):
-        for path in run.folder.glob(pattern): path.unlink()
+    for pattern in task.patterns(what):
+        for path in filter(Path.is_file, run.folder.glob(pattern)): path.unlink()
 
 def forget_stale(run: Run, outputs: dict, began: float):
     "Remove files of an earlier run of a task that this one did not write again"

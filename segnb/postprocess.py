@@ -198,7 +198,8 @@ def scaled_rules(rules: Mapping[str, float | Sequence[float]],
     def scaled(name, value):
         value = np.asarray(value, float)
         if name == "largest": return value
-        return np.where((name == "at_least") & (value < 1), value, value * (per_pixel**0.5 if name == "straighten" else per_pixel))
+        if name == "at_least": return np.where(value < 1, value, np.maximum(1, value * per_pixel))   # below 1 it is a share, of any image
+        return value * (per_pixel**0.5 if name == "straighten" else per_pixel)
     return {name: scaled(name, value) for name, value in rules.items()}
 
 # %% ../nbs/41_postprocess.ipynb #adf05374

@@ -383,6 +383,8 @@ def _wrong_ensemble(recipe):
     if asked.weights and asked.method == "mean": found.append("ensemble.method is mean, where all count alike, and ensemble.weights is set: choose weighted, or set the weights to null")
     elif asked.weights and asked.method not in ("weighted", "vote"): found.append(f"ensemble.method {asked.method} finds the weights itself: set ensemble.weights to null")
     if asked.weights and (min(asked.weights.values()) < 0 or sum(asked.weights.values()) <= 0): found.append("ensemble.weights must not be negative, and not all 0")
+    if asked.weights and asked.method == "vote" and not any(asked.weights[name] for name in asked.weights if name not in asked.submissions):
+        found.append("ensemble.weights leave no network a vote: submissions alone are put together by `segnb vote`")
     if asked.rounds and asked.method != "greedy": found.append(f"ensemble.rounds is of method greedy, and the method is {asked.method}: set it to null")
     if asked.submissions and asked.method != "vote": found.append("ensemble.submissions hold masks, which can only vote: set ensemble.method to vote")
     for name in asked.submissions:

@@ -30,7 +30,7 @@ from .models import RISING, SegModel, build_model, supervise
 from .optim import build_optimiser
 from .pack import Pack, TrainDataset, make_loader
 from .pipeline import STAGES, Run, Task, edit_manifest, read_manifest, task_parts, written
-from .predict import AUTOCAST, Predictor, keep_memory, out_of_memory, predict_stream
+from .predict import AUTOCAST, Predictor, images_at_once, keep_memory, out_of_memory, predict_stream
 from .pseudo import PseudoLabels, PseudoSampling, WithPseudo, make_labels, places_for, unknown_value, unlabelled_rows
 from .recipe import Model, Recipe, Train
 from .sampling import build_sampling
@@ -518,7 +518,7 @@ def teach(fit: Fit, folder: Path):
     reader = Pack(recipe, pd.DataFrame([dict(row, split="test") for row in rows]))
     def predicted(numbers):
         predictor = Predictor(load_fit(teacher), recipe.predict, task=recipe.task, classes=recipe.classes, device=fit.device, precision=made["precision"],
-                              memory_format=made["memory_format"])
+                              memory_format=made["memory_format"], together=images_at_once(recipe, max(math.prod(reader.shape(k)) for k in numbers)))
         return predict_stream(predictor, reader.image, numbers)
     made_from = dict(teacher=weights, round=fit.round, key=run.key("train", fit.entry.name, fit.fold))
     labels = make_labels(folder, made_from, rows, predicted, recipe, (fit.pack.n_channels, fit.pack.dtype))

@@ -36,7 +36,8 @@ def predicted_windows(predict: Callable,   # windows (B, h, w, C) -> (B, K, h, w
     "(y, x, values (K, h, w)) of every window, in order"
     while part := list(islice(corners, batch_size)):
         windows = np.stack([np.asarray(image[y:y + size[0], x:x + size[1]]).reshape(*size, -1) for y, x in part])
-        for (y, x), values in zip(part, predict(windows), strict=True): yield y, x, np.asarray(values)
+        for (y, x), values in zip(part, predict(windows), strict=True):
+            yield y, x, np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)   # a tensor
 
 # %% ../nbs/31_windows.ipynb #1cae39b3
 def window_bands(predict: Callable,      # windows (B, h, w, C) -> (B, K, h, w) probabilities

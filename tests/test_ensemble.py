@@ -189,6 +189,16 @@ def test_what_cannot_join_is_said_before_anything_is_predicted(make_run, tmp_pat
     assert make_run.loaded == []
 
 
+    finished(make_run, "other")
+    run = make_run(**{"ensemble": {"method": "weighted", "runs": [str(other.folder)], "weights": {"unet": 1, "fpn": 1, "other/pspp": 1}}})
+    make_run.loaded.clear()
+    with pytest.raises(RecipeError, match="says nothing of other/psp"): out_of_fold(run)
+    run = make_run(**{"ensemble.runs": [str(other.folder)]})
+    finish(other, "psp", 1, b"trained again")
+    with pytest.raises(SegnbError, match="other/psp was trained again .* finish it first"): out_of_fold(run)
+    assert make_run.loaded == []
+
+
 def test_the_cap_is_that_of_this_run(make_run):
     other = finished(make_run, "other", **{"ensemble.max_ram": 100})
     run = make_run(**{"ensemble.runs": [str(other.folder)], "ensemble.max_ram": 0.25})

@@ -73,7 +73,10 @@ def test_what_is_up_to_date_is_reused_and_the_reason_is_said(finished, tiny, tmp
     for path in folder.rglob("*"): os.utime(path)   # touched, not changed
     again = said(segnb("run", *tiny, "--out", folder))
     assert {v for k, v in again.items() if k != "done"} == {"up to date"}
+    figure, store = folder / "oof/thresholds.png", folder / "oof/small/data.bin"
+    there, stored = figure.exists(), store.stat().st_mtime_ns
     changed = said(segnb("run", *tiny, "--out", folder, "--set", "postprocess.threshold=0.4"))
+    assert there and not figure.exists() and store.stat().st_mtime_ns == stored               # of the earlier decision figures go, probabilities stay
     assert changed["train small fold 1"] == "up to date"
     assert changed["ensemble"] == "postprocess.threshold changed (auto → 0.4)"
     (folder / "submission.csv").unlink()
@@ -83,6 +86,11 @@ def test_what_is_up_to_date_is_reused_and_the_reason_is_said(finished, tiny, tmp
     assert "start from" in segnb("run", *tiny, "--out", tmp_path / "new", "--from", "train", code=2).stderr
     fresh = said(segnb("run", *tiny, "--out", folder, "--from", "submit", "--fresh"))
     assert fresh["submit"] == "asked for afresh" and set(fresh) == {"submit", "done"}
+    stores = [folder / "oof/small/data.bin", folder / "test_masks/data.bin"]
+    times = lambda: [path.stat().st_mtime_ns for path in stores]
+    before = times()
+    segnb("run", *tiny, "--out", folder, "--from", "ensemble", "--to", "ensemble", "--fresh", "--set", "postprocess.threshold=0.4")
+    assert all(new > old for new, old in zip(times(), before))                                # predicted anew
 
 
 def test_commands_on_a_finished_run(finished, demo_data, tiny, tmp_path):

@@ -59,9 +59,9 @@ def test_memory_does_not_grow_with_height(tmp_path):
 
 class Bright(nn.Module):
     "Bright pixels are foreground, after a convolution and a norm that say little"
-    def __init__(self):
+    def __init__(self, seed=0):
         super().__init__()
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         self.register_buffer("mean", torch.zeros(1, 3, 1, 1))
         self.body = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 1, 1))
 
@@ -96,12 +96,15 @@ def test_the_way_of_prediction_is_settled_once(tmp_path, monkeypatch):
 @pytest.mark.full
 def test_compiled_networks_say_the_same():
     images = [np.random.default_rng(k).integers(0, 255, (64, 64, 3), dtype=np.uint8) for k in range(6)]
-    make = lambda way: go(way, Predictor(Bright(), Predict(batch_size=4, tta=["hflip", "rot90"]), task="binary"))
+    make = lambda way: go(way, Predictor([Bright(0), Bright(1)], Predict(batch_size=4, tta=["hflip", "rot90"]), task="binary", weights=[3, 1]))
     wanted = make("as fitted")(images)
     for way in ("compiled", "compiled bf16"):
         predictor = make(way)
         found = predictor(images[:4]) + predictor(images[4:])      # the last batch is smaller
         assert max(np.abs(a - b).max() for a, b in zip(wanted, found)) < 1e-3
+        with torch.no_grad():
+            for net in predictor.models: [p.zero_() for p in net.parameters()]
+        assert all((a == b).all() for a, b in zip(found, predictor(images[:4])))   # frozen: the weights are in the code
 
 
 @pytest.mark.full
