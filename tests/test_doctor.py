@@ -1,5 +1,5 @@
 """Every finding of the doctor is provoked on a handful of tiny files, and none of them on good ones."""
-import json, zipfile
+import json, os, zipfile
 
 import cv2
 import numpy as np
@@ -405,6 +405,8 @@ RAISED = {   # without these there is nothing to examine
     "missing-folder": ("index_png", lambda layout: (layout.root / "test").rename(layout.root / "tests")),
     "missing-table": ("rle_csv", lambda layout: (layout.root / "test.csv").unlink()),
     "missing-column": ("rle_csv", lambda layout: layout.text("test.csv", "id,img_path\nT0,a.png\n")),
+    "table-row": ("rle_csv", lambda layout: layout.text("test.csv", "img_id,img_path\nT0\n")),
+    "name-encoding": ("index_png", lambda layout: open(os.fsencode(layout.root / "train/images") + b"/\xb8\xde.png", "wb").close()),
 }
 
 
