@@ -1,5 +1,5 @@
 """Every finding of the doctor is provoked on a handful of tiny files, and none of them on good ones."""
-import json, zipfile
+import json, os, zipfile
 
 import cv2
 import numpy as np
@@ -404,6 +404,8 @@ def _(layout): layout.text("sample_submission.zip", "no zip")
 RAISED = {   # without these there is nothing to examine
     "missing-folder": ("index_png", lambda layout: (layout.root / "test").rename(layout.root / "tests")),
     "missing-table": ("rle_csv", lambda layout: (layout.root / "test.csv").unlink()),
+    "table-row": ("rle_csv", lambda layout: layout.text("test.csv", "img_id,img_path\nT0,a.png,\n")),
+    "name-encoding": ("index_png", lambda layout: (layout.root / "test/images" / os.fsdecode("서울.png".encode("cp949"))).touch()),
     "missing-column": ("rle_csv", lambda layout: layout.text("test.csv", "id,img_path\nT0,a.png\n")),
 }
 
