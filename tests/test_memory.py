@@ -56,7 +56,7 @@ def measure(folder, images, labels, size, max_ram):
     one = oof.subset([0])
     cast = evaluate(one, {m: {"votes": 1, "thresholds": [0.4] * labels} for m in MODELS})
     exclusive = evaluate(open_stores(folder, 1, labels, size, "multiclass", float(max_ram)), mean)
-    taken = sum(bins.nbytes for bins, _ in sample_pixels(oof))
+    taken = sum(array.nbytes for pixels in sample_pixels(oof) for array in (*pixels.bins, pixels.true, pixels.weight))
     np.savez(folder / "found.npz", thresholds=found.thresholds, counts=found.counts, cast=cast.counts, exclusive=exclusive.counts)
     print(json.dumps({"bytes": memory("VmHWM") - before, "sample": taken}))
 
