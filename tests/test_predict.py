@@ -102,9 +102,6 @@ def test_compiled_networks_say_the_same():
         predictor = make(way)
         found = predictor(images[:4]) + predictor(images[4:])      # the last batch is smaller
         assert max(np.abs(a - b).max() for a, b in zip(wanted, found)) < 1e-3
-        with torch.no_grad():
-            for net in predictor.models: [p.zero_() for p in net.parameters()]
-        assert all((a == b).all() for a, b in zip(found, predictor(images[:4])))   # frozen: the weights are in the code
 
 
 @pytest.mark.full
