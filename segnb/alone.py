@@ -60,7 +60,7 @@ class Settings:
 
     def plain(self) -> "Settings":
         "Of `predict`: without test-time augmentation, as a fit validates"
-        return self.model_copy({"tta": [], "scales": [min(self.scales, key=lambda s: abs(math.log(s)))], "merge": "mean", "merge_on": "probs"})
+        return self.model_copy({"tta": [], "scales": [min(self.values["scales"], key=lambda s: abs(math.log(s)))], "merge": "mean", "merge_on": "probs"})
 
 def as_setting(key: str, value):
     "A value of YAML as the code expects it"

@@ -693,7 +693,7 @@ def make_trainer(job: Job, epochs: int, callbacks: list[Callback]) -> L.Trainer:
                            process_group_backend="gloo" if job.device.type == "cpu" else None) if many else "auto"
     return L.Trainer(max_epochs=epochs, accelerator=job.device.type, devices=job.share.world // job.nodes if many else 1, num_nodes=job.nodes if many else 1,
                      strategy=strategy, sync_batchnorm=many and job.device.type == "cuda", precision=precision,
-                     plugins=[Among(job)],
+                     plugins=[Among(job) if many else LightningEnvironment()],
                      accumulate_grad_batches=config.train.accumulate * job.share.split, gradient_clip_val=config.optim.clip, callbacks=callbacks,
                      logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
                      use_distributed_sampler=False)
@@ -720,6 +720,6 @@ def train_job(job: Job) -> Keeper:
         module = FitModule(job, state)
         batches = FitBatches(len(job.dataset), job.plan, job.share, module.epoch, module.steps_done * job.plan.accumulate)
         trainer = make_trainer(job, job.plan.epochs - module.epoch, [keeper])
-        with interruptible(): trainer.fit(module, make_loader(job.dataset, batches, job.workers), valid_loader(job) if len(job.valid_rows) else None)
+        trainer.fit(module, make_loader(job.dataset, batches, job.workers), valid_loader(job) if len(job.valid_rows) else None)
     if job.first_process: keeper.write_rows()
     return keeper

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ARCHS', 'BUNDLED', 'FIXED', 'U_SHAPED', 'RISING', 'register_arch', 'arch_options', 'check_names', 'check_options',
            'make_net', 'unused_modules', 'take_out', 'native_size', 'PatchConv2d', 'guard_patches', 'SegModel',
-           'build_model', 'only_checked', 'side_multiple', 'least_side', 'supervise']
+           'build_model', 'only_checked', 'side_multiple', 'least_side', 'Supervised', 'supervise']
 
 # %% ../nbs/07_models.ipynb #be444aa4
 import difflib, inspect, math
@@ -171,42 +171,35 @@ def guard_patches(net: nn.Module):
 
 # %% ../nbs/07_models.ipynb #6348df69
 class SegModel(nn.Module):
-    "Images in stored units (B, C, H, W) → logits (B, n_classes, H, W) at the same size; in training perhaps a list of them, further ones coarser"
+    "Images in stored units (B, C, H, W) → logits (B, n_classes, H, W) at the same size; in training perhaps a list of them"
     def __init__(self, net: nn.Module, mean, std, stride: int = 32, stem: Stem | None = None, native: tuple[int, int] | None = None, least: int = 0):
         super().__init__()
         self.net, self.stride, self.stem, self.native, self.least = net, stride, stem, native, least
-        self.aux_heads, self.aux_weight, self.seen = nn.ModuleList(), 0.0, []   # of `supervise`; seen: what went into the heads
         self.register_buffer("mean", torch.as_tensor(mean, dtype=torch.float32).view(1, -1, 1, 1))
         self.register_buffer("std", torch.as_tensor(std, dtype=torch.float32).view(1, -1, 1, 1))
 
     @property
-    def aux_weights(self) -> list[float]: return [*getattr(self.net, "aux_weights", [1.0]), *[self.aux_weight] * len(self.aux_heads)]
+    def aux_weights(self) -> list[float]: return list(getattr(self.net, "aux_weights", [1.0]))
 
     def forward(self, stored: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
         height, width = stored.shape[-2:]
         stored = stored.float()
         x = (stored - self.mean) / self.std
         if self.stem is not None: x = self.stem(x, stored)
-        bottom, right = [max(-side % self.stride, self.least - side) for side in (height, width)]
+        bottom, right = map(self.missing, (height, width))
         if bottom or right: x = F.pad(x, (0, right, 0, bottom), mode="replicate")
         out = self.net(x) if self.native in (None, x.shape[-2:]) else self._other_size(x)
-        outs = [self._crop(y, x, height, width) for y in (out if isinstance(out, (list, tuple)) else [out])]
-        if not self.training: return outs[0]
-        outs += self._coarser(x, height, width)
-        return outs if len(outs) > 1 else outs[0]
+        several = isinstance(out, (list, tuple))
+        if several and self.training: return [self._crop(y, x, height, width) for y in out]
+        return self._crop(out[0] if several else out, x, height, width)
 
     def _crop(self, logits, x, height, width):
         if logits.shape[-2:] != x.shape[-2:]: logits = F.interpolate(logits, size=x.shape[-2:], mode="bilinear")
         return logits[..., :height, :width]
 
-    def keep(self, block, given, out):
-        "Hook of a block that has a head"
-        if self.training: self.seen.append(out)
-
-    def _coarser(self, x, height, width):
-        seen, self.seen = self.seen, []      # or they would live until the next batch
-        sides = lambda y: [math.ceil(side * small / large) for side, small, large in zip((height, width), y.shape[-2:], x.shape[-2:])]
-        return [head(y)[..., :sides(y)[0], :sides(y)[1]] for head, y in zip(self.aux_heads, seen)]
+    def missing(self, side: int) -> int:
+        "Pixels that a side is padded by"
+        return max(-side % self.stride, self.least - side)
 
     def _other_size(self, x):
         try: return self.net(x)
@@ -275,16 +268,34 @@ def least_side(net: nn.Module) -> int:
 # %% ../nbs/07_models.ipynb #80794772
 RISING = ("Unet", "MAnet", "Linknet")   # their decoder is a row of blocks, each finer than the one before
 
+class Supervised(SegModel):
+    "In training gives [main logits, those of each block but the last, coarsest first]"
+    def keep(self, block, given, out):
+        "Hook of a block that has a head"
+        if self.training: self.seen.append(out)
+
+    @property
+    def aux_weights(self) -> list[float]: return [1.0] + [self.aux_weight] * len(self.aux_heads)
+
+    def forward(self, stored: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
+        logits = super().forward(stored)
+        seen, self.seen = self.seen, []      # or they would live until the next batch
+        if not self.training: return logits
+        cut = lambda y, at: math.ceil(stored.shape[at] * y.shape[at] / (stored.shape[at] + self.missing(stored.shape[at])))
+        return [logits, *(head(y)[..., :cut(y, -2), :cut(y, -1)] for head, y in zip(self.aux_heads, seen))]
+
+# %% ../nbs/07_models.ipynb #cae4017b
 def supervise(model: SegModel,   # of an architecture in `RISING`
               n_classes: int,
               weight: float,     # of the loss of each further head; the main one counts 1
-             ) -> SegModel:      # the same; in training it gives [main logits, those of each block, coarsest first]
+             ) -> Supervised:    # the same object
     "Put a head on every block of the decoder but the last"
     blocks, widths = list(model.net.decoder.blocks)[:-1], []
     look = [block.register_forward_hook(lambda block, given, out: widths.append(out.shape[1])) for block in blocks]
     was, shape = model.training, (1, model.mean.shape[1], *(model.native or (64, 64)))
     with torch.no_grad(): model.eval()(torch.zeros(shape, device=model.mean.device))
     for hook in look: hook.remove()
+    model.__class__, model.seen, model.aux_weight = Supervised, [], weight
+    model.aux_heads = nn.ModuleList(nn.Conv2d(width, n_classes, 1) for width in widths)
     for block in blocks: block.register_forward_hook(model.keep)
-    model.aux_heads, model.aux_weight = nn.ModuleList(nn.Conv2d(width, n_classes, 1) for width in widths), weight
     return model.train(was)

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from .augment import recipe_augment
-from .engine import FitBatches, Job, Plan, Share, batch_loss, image_counts, plain_mask, read_checkpoint, share_norms, train_job, validated_together
+from .engine import FitBatches, Job, Plan, Share, batch_loss, image_counts, interruptible, plain_mask, read_checkpoint, share_norms, train_job, validated_together
 from .figures import class_colors, new_figure, overlay, picture_grid, to_rgb
 from .files import DataError, RecipeError, SegnbError, read_json, sha256_file, write_json
 from .launch import Place, find_place, joined, launch, slowest
@@ -421,7 +421,8 @@ def fit_here(fit: Fit, started: float) -> dict:
         if not fit.place.rank: print(f"{fit.label} is finished already. To train it anew, delete {os.path.relpath(fit.folder / 'last.ckpt')}, or use `segnb run --fresh`.")
         return read_json(done)
     while True:
-        try: keeper = train_job(fit.job(entry, key))
+        try:
+            with interruptible(): keeper = train_job(fit.job(entry, key))
         except Exception as error:
             if "more than 1 value per channel" in str(error): raise SegnbError(ONE_IMAGE.format(label=fit.label)) from None
             if not out_of_memory(error) or fit.place.world > 1: raise

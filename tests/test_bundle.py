@@ -43,7 +43,7 @@ def submit(run, path, way):
 
 def untrained(folder, recipe="demo", way="as fitted"):
     "A run on a drawn sample whose networks were never trained: all that predicting needs, in a second"
-    small = {"models": [{"name": "small", "arch": "Unet", "encoder": "mobilenet_v2", "precision": "fp32", "memory_format": "contiguous", "compile": False}],
+    small = {"models": [{"name": "small", "arch": "Unet", "encoder": "mobilenet_v2", "precision": "bf16", "memory_format": "channels_last", "compile": False}],
              "data.root": str(draw_sample(recipe, folder / "data", train=6, test=4, size=64)), "augment.size": 64, "folds.n": 2, "encoder_weights": None}
     if recipe == "demo": small |= {"postprocess.crf": {"preset": "deeplab", "steps": 2}}
     if recipe == "handbone": small |= {"predict.size": None, "submit.size": None}   # 29 labels of 2048 x 2048 take minutes
@@ -54,7 +54,7 @@ def untrained(folder, recipe="demo", way="as fitted"):
         place = run.path("models", model, f"fold{fold}")
         place.mkdir(parents=True)
         save_weights(lively(new_model(run.recipe.model_copy(update={"seed": fold}), run.recipe.models[0], run.pack()), fold), place / "best.safetensors")
-        write_json(place / "fit.json", {"model": run.recipe.models[0].model_dump(), "precision": "fp32", "memory_format": "contiguous", "in_channels": run.pack().n_channels, "n_classes": run.recipe.n_classes, "score": 0.5,
+        write_json(place / "fit.json", {"model": run.recipe.models[0].model_dump(), "precision": "bf16", "memory_format": "channels_last", "in_channels": run.pack().n_channels, "n_classes": run.recipe.n_classes, "score": 0.5,
                                         "threads": torch.get_num_threads(), "device": "cpu", "seconds": 1.0, "processes": 1, "resumed": False})
     shares = {(model, k): 1.0 for model, folds in fits_of(run).items() for k in folds}
     image = run.pack().image(len(run.samples()) - 1)
