@@ -36,7 +36,7 @@ from .files import SegnbError, atomic_path, write_bytes, write_json
 from .metrics import class_scores, count, probability_hist, reduce_counts, threshold_counts
 from .optim import build_optimiser, build_schedule, freeze_encoder
 from .pack import make_loader
-from .predict import AUTOCAST, Predictor
+from .predict import AUTOCAST, Predictor, images_at_once
 from .recipe import Recipe
 
 # %% ../nbs/34_engine.ipynb #37e17dca
@@ -318,8 +318,7 @@ def as_list(items: list) -> list:
 
 def validated_together(recipe: Recipe, pack, rows: Sequence[int]) -> int:
     "Images of a validation batch: `predict.batch_size`, or as many as have their probabilities in a quarter of `ensemble.max_ram`"
-    largest = max((math.prod(pack.shape(i)) for i in rows), default=1)
-    return max(1, min(recipe.predict.batch_size, int(recipe.ensemble.max_ram * 2**26) // (largest * recipe.n_classes)))
+    return images_at_once(recipe, max((math.prod(pack.shape(i)) for i in rows), default=1))
 
 def valid_loader(job: Job) -> DataLoader:
     "This process's validation images; a process without any gets one empty batch, as it must wait for the others"
