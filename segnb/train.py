@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from .augment import recipe_augment
+from .data import read_header
 from .engine import FitBatches, Job, Plan, Share, batch_loss, image_counts, interruptible, plain_mask, read_checkpoint, share_norms, train_job, validated_together
 from .figures import class_colors, new_figure, overlay, picture_grid, to_rgb
 from .files import DataError, RecipeError, SegnbError, read_json, sha256_file, write_json
@@ -517,9 +518,10 @@ def teach(fit: Fit, folder: Path):
     teacher = round_folder(run, fit.entry.name, fit.fold, fit.round - 1)
     weights, made, rows = sha256_file(teacher / "best.safetensors"), read_json(teacher / "fit.json"), unlabelled_rows(recipe, fit.samples)
     reader = Pack(recipe, pd.DataFrame([dict(row, split="test") for row in rows]))
+    largest = max(math.prod(read_header(recipe.data.root / row["image"]).shape) for row in rows)   # pixels
     def predicted(numbers):
         predictor = Predictor(load_fit(teacher), recipe.predict, task=recipe.task, classes=recipe.classes, device=fit.device, precision=made["precision"],
-                              memory_format=made["memory_format"], together=images_at_once(recipe, max(math.prod(reader.shape(k)) for k in numbers)))
+                              memory_format=made["memory_format"], together=images_at_once(recipe, largest))
         return predict_stream(predictor, reader.image, numbers)
     made_from = dict(teacher=weights, round=fit.round, key=run.key("train", fit.entry.name, fit.fold))
     labels = make_labels(folder, made_from, rows, predicted, recipe, (fit.pack.n_channels, fit.pack.dtype))
