@@ -97,7 +97,7 @@ def plain_views(recipe: Recipe) -> dict:
 NEVER = {"predict": ("RecipeError",), "train": ("RecipeError", "DataError", "Fault", "_broken", "ValueError")}   # errors that cannot come
 NEVER["solution"] = NEVER["predict"]
 SKIPPED = ("check_names", "self.checkpoint", "self.watch", "self.watch.add", "self.watch.flush", "module.watch.flush", "self.n_maps", "augment.moves_only")
-UNCHECKED = ("check_shapes", "check_values", "check_runs", "self.wrong", "listing.wrong", "note_repeats", "note_unknown", "self.seen.add", "inside", "_folder_inside")   # where nothing can be wrong
+UNCHECKED = ("_check_png", "check_shapes", "check_values", "check_runs", "self.wrong", "listing.wrong", "note_repeats", "note_unknown", "self.seen.add", "inside", "_folder_inside")   # where nothing can be wrong
 PASSING = {("losses", "check_options"): 2, ("predict", "can_run"): 0, ("engine", "at_size"): 0}   # functions that answer with one of their arguments, where it is right
 
 # %% ../nbs/51_bundle.ipynb #0bcccaab

@@ -135,8 +135,10 @@ def batch_loss(loss: nn.Module,
     if isinstance(outputs, torch.Tensor): outputs, weights = [outputs], [1.0]
     if len(outputs) != len(weights): raise ValueError(f"The network gives {len(outputs)} outputs and has {len(weights)} aux_weights: they must be as many.")
     def over_outputs(mask, maps):
-        given = lambda size: [to_target(at_size(mask, size), task), *([] if maps is None else [at_size(maps, size)])]
-        values = [w * loss(o.float(), *given(o.shape[-2:])) for o, w in zip(outputs, weights)]
+        def of(output, size):
+            extra = () if maps is None else (at_size(maps, size),)
+            return loss(output.float(), to_target(at_size(mask, size), task), *extra)
+        values = [w * of(o, o.shape[-2:]) for o, w in zip(outputs, weights)]
         return sum(values[1:], values[0]) / sum(weights)
     value = over_outputs(batch["mask"], batch.get("maps"))
     if "lam" not in batch: return value
